@@ -16,7 +16,7 @@ import re
 import warnings
 import zlib
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import anndata
 import numpy as np
@@ -46,6 +46,14 @@ from .schema import (
 
 _BARCODE = re.compile(r"[ACGT]{10,}([-_.]\w+)?$")
 _MANY_GENES = 10_000
+
+
+class GeneSums(NamedTuple):
+    """Sums over cells, (G,): of counts, of their squares, and of counts times library."""
+
+    counts: Tensor
+    squares: Tensor
+    by_library: Tensor
 
 
 class Cells:
@@ -244,6 +252,26 @@ class Cells:
             {c.column: torch.zeros(0) for c in schema.continuous},
             torch.zeros(0, 1) if schema.size_factor else None, pd.DataFrame(),
         )  # fmt: skip
+
+    @classmethod
+    def blank(cls, schema: Schema, n_cells: int, *, seed: int = 0) -> Cells:
+        """Made-up cells without counts: levels drawn as often as they were seen, depth from the schema."""
+        draw = np.random.default_rng(seed)
+        codes, obs = {}, pd.DataFrame(index=[f"cell{i}" for i in range(n_cells)])
+        for name, factor in schema.factors.items():
+            seen = np.maximum(np.array(factor.counts, dtype=float), 1e-9)
+            codes[name] = draw.choice(len(factor), size=n_cells, p=seen / seen.sum())
+            obs[name] = np.array(factor.levels, dtype=object)[codes[name]]
+        values = {c.column: draw.standard_normal(n_cells) for c in schema.continuous}
+        for c in schema.continuous:
+            obs[c.column] = values[c.column] * c.sd + c.mean
+        batch = codes[schema.batch.column] if schema.batch else np.zeros(n_cells, dtype=np.int64)
+        noise = draw.standard_normal(n_cells)
+        library = np.exp(np.array(schema.log_library_mean)[batch] + np.array(schema.log_library_sd)[batch] * noise)
+        factors = np.ones(n_cells) if schema.size_factor else None
+        none = CountMatrix(torch.zeros(n_cells + 1, dtype=torch.int64), torch.zeros(0, dtype=torch.int32),
+                           torch.zeros(0, dtype=torch.uint8), schema.n_genes)  # fmt: skip
+        return cls._hold(schema, none, library, codes, values, factors, obs).without_counts()
 
     @classmethod
     def _with_columns(
@@ -471,6 +499,16 @@ class Cells:
         out = torch.zeros_like(x)
         out.view(-1)[found.index] = found.count.log1p()
         return out
+
+    def gene_sums(self) -> GeneSums:
+        """Per gene, (G,) float64: sums over these cells that starting values are made from."""
+        held = self._own_counts()
+        row = torch.repeat_interleave(torch.arange(len(held)), held.indptr.diff(), output_size=held.nnz)
+        gene, count = held.indices.long(), held.data.double()
+        depth = self.library.squeeze(-1).double().cpu()[row]
+        terms = count, count**2, depth * count
+        sums = (torch.zeros(self.n_genes, dtype=torch.float64).index_add_(0, gene, t) for t in terms)
+        return GeneSums(*(t.to(self.device) for t in sums))
 
     def plate(self) -> Any:
         """The plate "cells" over these rows, dim -1: n of ``total`` cells count total / n times.

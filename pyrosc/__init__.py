@@ -1,0 +1,17 @@
+"""Pyro probabilistic programs for single-cell counts."""
+
+from .cells import Cells
+from .dispersions import GeneDispersion, NoDispersion
+from .errors import FitError, ProgramError, PyroscWarning
+from .libraries import GivenLibrary, ObservedLibrary
+from .likelihoods import NBLikelihood, PoissonLikelihood, ZINBLikelihood
+from .models.scvi import scvi
+from .networks import Decoder, Encoder
+from .parts import Part
+from .posterior import Fit
+from .priors import Prior
+from .program import Program
+from .schema import Schema
+from .training import fit
+
+__version__ = "0.1.0"

@@ -1,0 +1,452 @@
+"""Fit: a trained Program, and the questions it answers.
+
+Every answer is computed in eval mode, in blocks of cells, with random numbers from its own
+``seed``; nothing outside changes. Verbs take Cells or an AnnData, which is brought into the
+order of the fit by the names of genes and levels.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import Predictive
+from torch import Tensor
+
+from .cells import Cells
+from .counts import require_memory
+from .elbo import elbo_terms
+from .errors import ProgramError, PyroscWarning
+from .isolation import checked_seed
+from .loading import blocks
+from .program import Program, is_computed
+from .schema import Schema, did_you_mean, listed
+
+_MEAN_DRAWS = 200  # where a guide has no closed mean
+
+
+class Fit:
+    """A trained Program with its schema, history and settings. Made by `fit` and `load`.
+
+    Attributes
+    ----------
+    program : Program
+        The trained copy, in eval mode.
+    history : DataFrame
+        One row an epoch; see `fit`.
+    settings : dict
+        The arguments of the fit, versions, state, and the fingerprint of the training data.
+    """
+
+    def __init__(self, program: Program, history: pd.DataFrame, settings: dict[str, Any]) -> None:
+        self.program, self.history, self.settings = program.eval(), history, settings
+
+    def __repr__(self) -> str:
+        s = self.settings
+        elbo = "" if not len(self.history) else f", {self._elbo_line()}"
+        return f"Fit({self.program.story}, {s['n_cells']:,} cells x {self.schema.n_genes:,} genes, {s['state']}{elbo})"
+
+    def _elbo_line(self) -> str:
+        row = self.history.iloc[max(self.settings["best_epoch"] - 1, 0)]
+        if "validation_elbo" in self.history:
+            return f"held-out ELBO {row['validation_elbo']:.1f} nats a cell"
+        return f"training ELBO {row['train_elbo']:.1f} nats a cell"
+
+    @property
+    def schema(self) -> Schema:
+        return self.program.schema
+
+    @property
+    def device(self) -> torch.device:
+        return self.program.device
+
+    def to(self, device: torch.device | str) -> Fit:
+        """The same fit on another device; this one stays where it is."""
+        return Fit(self.program.copy().to(device), self.history, self.settings)
+
+    # ---- questions ----------------------------------------------------------------------------
+
+    def latent(self, cells: Cells | anndata.AnnData, n_draws: int = 0, *, seed: int = 0) -> np.ndarray:
+        """Where cells are in latent space.
+
+        Parameters
+        ----------
+        n_draws : 0 for posterior means, else how many draws
+
+        Returns
+        -------
+        array
+            (N, K) posterior means of ``z``, not random; or (S, N, K) draws, in the order of ``cells``.
+        """
+        cells = self._ready(cells)
+        n_draws = _whole("n_draws", n_draws, 0)
+        found = []
+        for law in self._laws_of_z(cells, seed):
+            found.append((law.sample((n_draws,)) if n_draws else _mean(law)).cpu())
+        return torch.cat(found, -2).numpy()
+
+    def latent_sd(self, cells: Cells | anndata.AnnData, *, seed: int = 0) -> np.ndarray:
+        """(N, K) posterior standard deviations of ``z``: how sure the guide is."""
+        return torch.cat([_sd(law).cpu() for law in self._laws_of_z(self._ready(cells), seed)]).numpy()
+
+    def _laws_of_z(self, cells: Cells, seed: int) -> Iterator[Any]:
+        with self.program.driven(checked_seed(seed)), torch.no_grad():
+            for block in blocks(cells):
+                trace = poutine.trace(self.program.guide).get_trace(block)
+                if "z" not in trace.nodes:
+                    raise ProgramError(f'the guide of {self.program.story} draws no "z"; it draws {listed(_drawn(trace))}')
+                yield trace.nodes["z"]["fn"]
+
+    def expression(
+        self,
+        cells: Cells | anndata.AnnData,
+        genes: str | Sequence[str] | None = None,
+        do: Mapping[str, Any] | None = None,
+        *,
+        n_draws: int = 25,
+        scale: float = 1.0,
+        interval: float | None = None,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """Expected share of each gene (``rho``), averaged over draws of the latent state.
+
+        Parameters
+        ----------
+        genes : names; None for all
+        do : columns to set for decoding, ``{"donor": "101"}``; the level "all" averages over levels
+            The state is still read from the cells as they were seen.
+        n_draws : S
+        scale : multiplies shares: 1e4 gives expected counts per 10,000
+        interval : probability of an equal-tailed interval, such as 0.9
+            With it columns are (gene, "mean" | "sd" | "lower" | "upper").
+        seed : draws are random through it; the error of a mean is its sd / sqrt(S)
+
+        Returns
+        -------
+        DataFrame
+            (N, genes), cells in order. ``.attrs["uncertainty"]`` is "z only": draws vary with the
+            state of the cell, not with the weights, so intervals are too narrow for a mean
+            over many cells. With given size factors it is a rate per unit of size factor.
+
+        Raises
+        ------
+        ValueError
+            If a gene or level is unknown, or the answer would not fit into memory.
+        """
+        cells = self._ready(cells)
+        n_draws = _whole("n_draws", n_draws, 1)
+        if interval is not None and not 0 < interval < 1:
+            raise ValueError(f"interval must be between 0 and 1, not {interval!r}")
+        at, names = self._genes(genes)
+        worlds = self._worlds(cells, do or {})
+        columns = 4 if interval else 1
+        require_memory(8 * len(cells) * len(names) * columns, "this table", "Ask for fewer genes or cells at a time.")
+        means, rest = [], []
+        for shares in self._draws_of("rho", worlds, n_draws, seed, at, bool(do)):
+            shares = shares * scale
+            means.append(shares.mean(0).cpu())
+            if interval is not None:
+                tail = torch.tensor([(1 - interval) / 2, (1 + interval) / 2], dtype=shares.dtype, device=shares.device)
+                low, high = torch.quantile(shares, tail, dim=0)
+                rest.append(torch.stack([shares.std(0, correction=min(1, n_draws - 1)), low, high], -1).cpu())
+        mean = torch.cat(means).numpy()
+        if interval is None:
+            table = pd.DataFrame(mean, index=cells.names, columns=names)
+        else:
+            both = np.concatenate([mean[..., None], torch.cat(rest).numpy()], -1)
+            header = pd.MultiIndex.from_product([names, ["mean", "sd", "lower", "upper"]], names=["gene", None])
+            table = pd.DataFrame(both.reshape(len(cells), -1), index=cells.names, columns=header)
+        table.attrs["uncertainty"] = "z only"
+        table.attrs["unit"] = "share" if self.schema.size_factor is None else "rate per unit of size factor"
+        return table
+
+    def elbo(self, cells: Cells | anndata.AnnData, *, n_draws: int = 1, seed: int = 0) -> np.ndarray:
+        """(N,) evidence lower bound of each cell in nats, at KL weight 1, averaged over draws.
+
+        Local terms only; the KL of global sites, once for a data set, is in the history.
+        """
+        cells = self._ready(cells)
+        found = []
+        with self.program.driven(checked_seed(seed)), torch.no_grad():
+            for block in blocks(cells):
+                terms = [elbo_terms(self.program, block).local for _ in range(_whole("n_draws", n_draws, 1))]
+                found.append(torch.stack(terms).mean(0).cpu())
+        return torch.cat(found).numpy()
+
+    def log_likelihood(self, cells: Cells | anndata.AnnData, n_draws: int = 1000, *, seed: int = 0) -> np.ndarray:
+        """(N,) importance-weighted log p(x) of each cell in nats, with the guide as proposal.
+
+        log mean_s p(x, z_s) / q(z_s | x), in float64: a lower bound in expectation that
+        tightens with draws (Burda et al. 2016). Likelihoods of stories can be compared only
+        where both have the same likelihood family and library. ``check.importance`` says for which
+        cells the guide is good enough for this.
+        """
+        found = [w.logsumexp(0) - np.log(len(w)) for w in self.log_weights(cells, n_draws, seed=seed)]
+        return torch.cat(found).numpy()
+
+    def log_weights(self, cells: Cells | anndata.AnnData, n_draws: int = 1000, *, seed: int = 0) -> Iterator[Tensor]:
+        """Log importance weights log p(x, z) - log q(z | x), (S, n) float64, block by block of cells."""
+        n_draws = _whole("n_draws", n_draws, 1)
+        cells = self._ready(cells).to(self.device, torch.float64)
+        program = self.program.copy().double()
+        with program.driven(checked_seed(seed)), torch.no_grad():
+            for block in blocks(cells, n_draws * 2):
+                if self._has_globals(program, block):
+                    yield torch.cat([_log_weight(*program.traces(block), block) for _ in range(n_draws)]).cpu()
+                else:
+                    yield _log_weight(*_vectorised(program, block, block, n_draws), block).cpu()
+
+    def predictive(self, n_draws: int, return_sites: Sequence[str] | None = None) -> Predictive:
+        """Pyro's own Predictive: latent sites from the guide, counts drawn anew.
+
+        Call it with Cells in the order of this fit. It draws every site for all cells at once,
+        from Pyro's global random state.
+        """
+        self.program.eval()
+        return Predictive(
+            poutine.uncondition(self.program.model),
+            guide=self.program.guide,
+            num_samples=_whole("n_draws", n_draws, 1),
+            return_sites=return_sites,
+        )
+
+    def summary(self) -> str:
+        """A few lines: what was fitted, on what, how it ended."""
+        s = self.settings
+        lines = [
+            f"{self.program.story} on {s['n_cells']:,} cells x {self.schema.n_genes:,} genes ({s['state']})",
+            f"{len(self.history)} epochs in {s['seconds']:.1f} s on {s['device']}; best epoch {s['best_epoch']}",
+        ]
+        if len(self.history):
+            lines.append(self._elbo_line())
+        return "\n".join(lines)
+
+    # ---- keeping it ---------------------------------------------------------------------------
+
+    def save(self, path: Any, *, overwrite: bool = False) -> None:
+        """Write one safetensors file; see `load`.
+
+        Raises
+        ------
+        FileExistsError
+            If ``path`` is there and ``overwrite`` is not set. The old file stays whole until the new
+            one is on disk.
+        """
+        from .store import save
+
+        save(self, path, overwrite=overwrite)
+
+    def write(
+        self, adata: anndata.AnnData, cells: Cells | None = None, key: str = "X_pyrosc", *, overwrite: bool = False
+    ) -> list[str]:
+        """Put the latent state where scanpy looks: ``obsm[key]``, its sd, and where it came from.
+
+        Parameters
+        ----------
+        cells : the cells to encode; None encodes ``adata`` itself
+            Joined to ``adata`` by name; cells of ``adata`` that are not among them get NaN.
+        overwrite : whether keys that are there may be replaced
+
+        Returns
+        -------
+        list of str
+            What was written: ``obsm[key]`` (N, K) means, ``obsm[key + "_sd"]`` (N, K), ``uns[key]`` a dict
+            of numbers and text.
+
+        Raises
+        ------
+        ValueError
+            If a key is taken, ``adata`` is a view or backed, or names do not meet. Nothing is written then.
+        """
+        if adata.is_view or adata.isbacked:
+            kind = "a view" if adata.is_view else "backed by a file"
+            raise ValueError(f"adata is {kind}; write to an object in memory: adata = adata.{'copy' if adata.is_view else 'to_memory'}()")
+        if not key or "/" in key:
+            raise ValueError(f'key must be a name without "/", not {key!r}')
+        places = [("obsm", key), ("obsm", f"{key}_sd"), ("uns", key)]
+        taken = [f'{where}["{name}"]' for where, name in places if name in getattr(adata, where)]
+        if taken and not overwrite:
+            raise ValueError(f"{', '.join(taken)} is there already: pass overwrite=True, or another key=")
+        own = self._ready(adata if cells is None else cells)
+        mean, sd = self.latent(own), self.latent_sd(own)
+        if cells is not None:
+            for index, what in ((adata.obs_names, "adata"), (own.names, "cells")):
+                if not index.is_unique:
+                    raise ValueError(f"cell names of {what} repeat, so results cannot be joined by name")
+            at = own.names.get_indexer(adata.obs_names)
+            if (at < 0).all() or len(own.names.difference(adata.obs_names)):
+                strange = own.names.difference(adata.obs_names)
+                raise ValueError(f"{len(strange):,} of these cells are not in adata ({listed(strange)})")
+            mean, sd = (np.where(at[:, None] >= 0, a[at], np.nan).astype(a.dtype) for a in (mean, sd))
+        adata.obsm[key], adata.obsm[f"{key}_sd"] = mean, sd
+        adata.uns[key] = {
+            "story": self.program.story,
+            "parts": self.program._parts_line(),
+            "pyrosc": self.settings["versions"]["pyrosc"],
+            "seed": self.settings["seed"],
+            "n_cells": self.settings["n_cells"],
+            "state": self.settings["state"],
+            "genes": np.array(self.schema.genes, dtype=str),
+        }
+        return [f'{where}["{name}"]' for where, name in places]
+
+    # ---- inside -------------------------------------------------------------------------------
+
+    def _ready(self, data: Cells | anndata.AnnData) -> Cells:
+        """Cells in the order of this fit, on its device."""
+        if isinstance(data, Cells) and data.total != len(data):
+            raise ValueError("a mini-batch is a part of a training step; pass cells[rows] for a data set of its own")
+        cells = Cells.align(data, self.schema)
+        if not len(cells):
+            raise ValueError("there are no cells to ask about")
+        if not cells.has_counts:
+            raise ValueError("these cells hold no counts (without_counts), so there is nothing to encode")
+        known = self.settings.get("fingerprint")
+        if known and known["cells"] == len(cells):
+            now = cells.fingerprint()
+            if now["names"] == known["names"] and now["counts"] != known["counts"]:
+                self._warn("these cells have the names of the training cells but other counts: was the data edited since?")
+        if self.settings.get("kl_weight", 1.0) < 1:
+            self._warn(
+                f"this fit ended at KL weight {self.settings['kl_weight']:.2f}, before its warm-up was over: "
+                "its posterior is too narrow. Fit with more epochs, or a smaller warmup"
+            )
+        return cells.to(self.device)
+
+    def _warn(self, text: str) -> None:
+        warnings.warn(text, PyroscWarning, stacklevel=4)
+
+    def _genes(self, genes: str | Sequence[str] | None) -> tuple[np.ndarray | None, list[str]]:
+        if genes is None:
+            return None, list(self.schema.genes)
+        names = [genes] if isinstance(genes, str) else [str(g) for g in genes]
+        at = pd.Index(self.schema.genes).get_indexer(names)
+        if (at < 0).any():
+            wrong = [g for g, i in zip(names, at) if i < 0]
+            raise ValueError(f"genes {listed(wrong)} are not in this fit." + did_you_mean(wrong[0], self.schema.genes))
+        return at, names
+
+    def _worlds(self, cells: Cells, do: Mapping[str, Any]) -> list[tuple[Cells, Cells]]:
+        """(cells as seen, cells as decoded): one pair, or one for each level that "all" averages over."""
+        choices: list[list[Any]] = []
+        for name, level in do.items():
+            factor = self.schema.factor(name)
+            levels: list[Any] = [level]
+            if isinstance(level, str) and level == "all" and factor is not None and "all" not in factor.levels:
+                levels = list(factor.levels)
+            choices.append(levels)
+        return [(cells, cells.do(**dict(zip(do, levels)))) for levels in itertools.product(*choices)]
+
+    def _draws_of(
+        self, site: str, worlds: list[tuple[Cells, Cells]], n_draws: int, seed: int, at: np.ndarray | None, changed: bool
+    ) -> Iterator[Tensor]:
+        """(S, n, genes) draws of a site, averaged over worlds, block by block of cells."""
+        chosen = None if at is None else torch.as_tensor(at, device=self.device)
+        seen = worlds[0][0]
+        others = [blocks(decoded, n_draws * 2) for _, decoded in worlds]
+        with self.program.driven(checked_seed(seed)), torch.no_grad():
+            for block, *decoded in zip(blocks(seen, n_draws * 2), *others):
+                vectorised = not self._has_globals(self.program, block)
+                total: Tensor | None = None
+                guide = _draw(self.program, block, n_draws) if vectorised else None
+                loop = None if vectorised else [poutine.trace(self.program.guide).get_trace(block) for _ in range(n_draws)]
+                for other in decoded:
+                    if guide is not None:
+                        value = self._value(site, _follow(self.program, guide, other, n_draws), n_draws, len(block), changed)
+                    else:
+                        each = [poutine.trace(poutine.replay(self.program.model, trace=g)).get_trace(other) for g in loop]
+                        value = torch.cat([self._value(site, m, 1, len(block), changed) for m in each])
+                    value = value if chosen is None else value.index_select(-1, chosen)
+                    total = value if total is None else total + value
+                yield total / len(worlds)
+
+    def _value(self, site: str, trace: poutine.Trace, n_draws: int, n_cells: int, changed: bool) -> Tensor:
+        if site not in trace.nodes:
+            raise ProgramError(
+                f'{self.program.story} has no site "{site}", which this needs. Its sites: {listed(_drawn(trace), 20)}'
+            )
+        node = trace.nodes[site]
+        value = node["value"]
+        if not any(f.name == "cells" for f in node["cond_indep_stack"]):
+            if changed:
+                self._warn(f'"{site}" is one for all cells in {self.program.story}: do= changes nothing')
+            value = value.reshape(-1, 1, value.shape[-1])
+        return value.expand(n_draws, n_cells, value.shape[-1])
+
+    def _has_globals(self, program: Program, block: Cells) -> bool:
+        trace = poutine.trace(program.guide).get_trace(block)
+        return any(
+            not any(f.name == "cells" for f in trace.nodes[name]["cond_indep_stack"]) for name in _drawn(trace)
+        )
+
+
+def _whole(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+    return int(value)
+
+
+def _drawn(trace: poutine.Trace) -> list[str]:
+    return [
+        name
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not poutine.util.site_is_subsample(site)
+    ]
+
+
+def _mean(law: Any) -> Tensor:
+    try:
+        return law.mean
+    except NotImplementedError:
+        return law.sample((_MEAN_DRAWS,)).mean(0)
+
+
+def _sd(law: Any) -> Tensor:
+    try:
+        return law.variance.sqrt()
+    except NotImplementedError:
+        return law.sample((_MEAN_DRAWS,)).std(0)
+
+
+def _draw(program: Program, block: Cells, n_draws: int) -> poutine.Trace:
+    """One run of the guide with S draws of every local site in front."""
+
+    def guide(cells: Cells) -> None:
+        with pyro.plate("draws", n_draws, dim=-2):
+            program.guide(cells)
+
+    return poutine.trace(guide).get_trace(block)
+
+
+def _follow(program: Program, guide: poutine.Trace, block: Cells, n_draws: int) -> poutine.Trace:
+    """The model along those draws, on the same cells or on cells under an intervention."""
+
+    def model(cells: Cells) -> None:
+        with pyro.plate("draws", n_draws, dim=-2):
+            program.model(cells)
+
+    return poutine.trace(poutine.replay(model, trace=guide)).get_trace(block)
+
+
+def _vectorised(program: Program, seen: Cells, decoded: Cells, n_draws: int) -> tuple[poutine.Trace, poutine.Trace]:
+    guide = _draw(program, seen, n_draws)
+    return guide, _follow(program, guide, decoded, n_draws)
+
+
+def _log_weight(guide: poutine.Trace, model: poutine.Trace, block: Cells) -> Tensor:
+    """(S, n) log p - log q, over the sites of each cell and global ones."""
+    weight = block.library.new_zeros(1, len(block))
+    for trace, sign in ((model, 1.0), (guide, -1.0)):
+        for name in _drawn(trace):
+            site = trace.nodes[name]
+            if not is_computed(site):
+                weight = weight + sign * site["fn"].log_prob(site["value"])
+    return weight

@@ -1,0 +1,458 @@
+"""Program: a model function and a guide function bound to their parts.
+
+    program = Program(model, cells, guide=guide, prior=..., encoder=..., decoder=...)
+    program.model(cells), program.guide(cells)      ordinary Pyro callables
+    program.replace(prior=...)                      the same story with another part
+    print(program.describe())                       sites, shapes, what depends on what
+
+A Program is a plain ``nn.Module`` that holds its parts. It registers nothing in Pyro's
+parameter store, so two Programs never meet; and yet a user's own ``pyro.infer.SVI`` trains
+it, because model and guide name every parameter to whoever is tracing them.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import constraints
+from pyro.infer.inspect import get_model_relations
+from torch import Tensor, nn
+from torch.distributions import kl_divergence
+
+from .cells import Cells
+from .errors import ProgramError
+from .isolation import checked_seed, isolated
+from .schema import Schema, did_you_mean, listed
+
+
+class Parts(nn.ModuleDict):
+    """Parts by name; any name will do, "half" and "values" too."""
+
+    def __setitem__(self, name: str, part: nn.Module) -> None:
+        self._modules[name] = part
+
+
+class Program(nn.Module):
+    """A generative story and its guide, bound to their parts.
+
+    Parameters
+    ----------
+    model : function ``model(cells, *, part, ...)``
+        Draws every quantity in the order nature would, inside ``cells.plate()``.
+    cells : Cells
+        Only their schema is read, to size the parts.
+    guide : function ``guide(cells, *, part, ...)``
+        Draws the model's latent sites given the counts.
+    seed : int
+        For the starting weights.
+    **parts : modules, by the names that model and guide ask for
+        Copied; the ones given are left as they are.
+
+    Raises
+    ------
+    ProgramError
+        If parts are missing, unknown to model and guide, or do not fit together.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., None],
+        cells: Cells,
+        guide: Callable[..., None] | None = None,
+        *,
+        seed: int = 0,
+        **parts: nn.Module,
+    ) -> None:
+        super().__init__()
+        if guide is None:
+            raise ProgramError("a Program needs a guide: a function that draws the model's latent sites, guide=...")
+        self.schema: Schema = cells.schema
+        self.seed = checked_seed(seed)
+        self._story, self._guide = model, guide
+        self._wanted = {f: _wanted_parts(f) for f in (model, guide)}
+        self._check_names(parts)
+        self.parts = Parts()
+        self.register_buffer("started", torch.tensor(False))
+        self._quiet = False
+        self._assemble(parts, new=set(parts))
+        self.eval()
+
+    def _check_names(self, parts: Mapping[str, nn.Module]) -> None:
+        wanted = {name: needed for f in self._wanted.values() for name, needed in f.items()}
+        for name, part in parts.items():
+            if name not in wanted:
+                raise ProgramError(
+                    f'no part "{name}" in {self.story}. Its parts: {listed(wanted, 20)}.' + did_you_mean(name, wanted)
+                )
+            if not isinstance(part, nn.Module):
+                raise ProgramError(f'part "{name}" must be an nn.Module, not {type(part).__name__}: {part!r}')
+        absent = [name for name, needed in wanted.items() if needed and name not in parts]
+        if absent:
+            raise ProgramError(f"{self.story} asks for {listed(absent)}, not given. Given: {listed(parts) or 'nothing'}.")
+
+    def _assemble(self, parts: Mapping[str, nn.Module], new: set[str]) -> None:
+        """Take copies of parts, settle the sizes they share, and build the new ones."""
+        for name, part in parts.items():
+            self.parts[name] = copy.deepcopy(part)
+        sizes: dict[str, int] = {"n_genes": self.schema.n_genes}
+        said: dict[str, str] = {}
+        for name, part in self.parts.items():
+            for size, value in getattr(part, "sizes", {}).items():
+                if sizes.setdefault(size, value) != value:
+                    raise ProgramError(f'{size} is {sizes[size]} in part "{said[size]}" and {value} in part "{name}"')
+                said[size] = name
+        with isolated(self.seed):
+            for name in sorted(new):
+                build = getattr(self.parts[name], "build", None)
+                if build is not None:
+                    build(self.schema, sizes, dict(self.parts.items()))
+
+    @property
+    def story(self) -> str:
+        """Name of the model: of its function, or of its file where that is just "model"."""
+        name = self._story.__name__
+        return self._story.__module__.rsplit(".", 1)[-1] if name == "model" else name
+
+    @property
+    def functions(self) -> tuple[Callable[..., None], Callable[..., None]]:
+        """The model and the guide as they were written."""
+        return self._story, self._guide
+
+    # ---- the two callables ------------------------------------------------------------------
+
+    def model(self, cells: Cells) -> None:
+        """The story of these cells, as a Pyro model."""
+        self._announce()
+        self._story(cells.running(), **self._handed(self._story))
+
+    def guide(self, cells: Cells) -> None:
+        """Its guide."""
+        self._announce()
+        self._guide(cells.running(), **self._handed(self._guide))
+
+    def forward(self, cells: Cells) -> None:
+        """The story; so that a Program can stand where a callable is asked for."""
+        self.model(cells)
+
+    def _handed(self, function: Callable[..., None]) -> dict[str, nn.Module]:
+        return {name: self.parts[name] for name in self._wanted[function] if name in self.parts}
+
+    def _announce(self) -> None:
+        """Name every parameter to the handlers around, so that pyro.infer.SVI finds them.
+
+        Not for our own loop, which has them at hand (they cost up to a millisecond a step).
+        """
+        if self._quiet or not poutine.runtime.am_i_wrapped():
+            return
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                parameter.unconstrained = lambda p=parameter: p
+                say = poutine.runtime.effectful(type="param")(lambda p=parameter, **_: p)
+                say(name=f"program{id(self):x}.{name}", constraint=constraints.real)
+
+    @contextmanager
+    def driven(self, seed: int, *, train: bool = False, validate: bool = False) -> Iterator[None]:
+        """While one of our own calls drives the Program: its seed, its mode, one thread, no side effects."""
+        modes = {module: module.training for module in self.modules()}
+        quiet = self._quiet
+        with isolated(seed, self.device, validate):
+            self._quiet = True
+            self.train(train)
+            try:
+                yield
+            finally:
+                self._quiet = quiet
+                for module, mode in modes.items():
+                    module.training = mode
+
+    # ---- other programs from this one -------------------------------------------------------
+
+    def replace(self, **parts: nn.Module) -> Program:
+        """The same story with some parts replaced; the others keep their weights.
+
+        Raises
+        ------
+        ProgramError
+            If there is no part of that name, or it does not fit the others.
+        """
+        kept = dict(self.parts.items())
+        self._check_names(kept | parts)
+        new = self.copy()
+        new._assemble(parts, new=set(parts))
+        if parts:
+            new.started.fill_(False)
+        return new.eval()
+
+    def copy(self) -> Program:
+        """An independent Program with the same parts and weights."""
+        new = copy.copy(self)
+        new.__dict__ = dict(self.__dict__)
+        new._modules = dict(self._modules)
+        new._buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
+        new.parts = Parts()
+        for name, part in self.parts.items():
+            new.parts[name] = copy.deepcopy(part)
+        new._quiet = False
+        return new
+
+    @property
+    def device(self) -> torch.device:
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    def start(self, cells: Cells) -> None:
+        """Set values that parts take from data (``part.start``), if that was not done before."""
+        if bool(self.started):
+            return
+        for part in self.parts.values():
+            start = getattr(part, "start", None)
+            if start is not None:
+                start(cells)
+        self.started.fill_(True)
+
+    # ---- looking at it ----------------------------------------------------------------------
+
+    def generate(self, cells: Cells | int, *, fixed: Mapping[str, Tensor] | None = None, seed: int = 0) -> dict[str, Tensor]:
+        """Draw from the story itself, from the prior to the counts.
+
+        Parameters
+        ----------
+        cells : Cells, or a number of cells to make up from the schema
+            Their covariates and library are used; their counts are not.
+        fixed : values to pin, by site
+
+        Returns
+        -------
+        dict
+            Every site's value, (n, event) inside the plate, on the CPU. Random.
+        """
+        blank = Cells.blank(self.schema, cells, seed=seed) if isinstance(cells, int) else cells.without_counts()
+        with self.driven(seed), torch.no_grad():
+            trace = poutine.trace(poutine.condition(self.model, data=dict(fixed or {}))).get_trace(blank.to(self.device))
+        return {
+            name: site["value"].cpu()
+            for name, site in trace.nodes.items()
+            if site["type"] == "sample" and not _is_subsample(site)
+        }
+
+    def traces(self, cells: Cells) -> tuple[poutine.Trace, poutine.Trace]:
+        """One run of the guide and of the model along it: (guide trace, model trace)."""
+        guide = poutine.trace(self.guide).get_trace(cells)
+        model = poutine.trace(poutine.replay(self.model, trace=guide)).get_trace(cells)
+        return guide, model
+
+    def check(self, cells: Cells) -> None:
+        """Whether model and guide agree, on these cells: sites, supports, shapes, and the mean-field condition.
+
+        Raises
+        ------
+        ProgramError
+            Naming the site, with a table of shapes.
+        """
+        with self.driven(self.seed, validate=True), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            guide = poutine.trace(self.guide).get_trace(cells)
+            try:
+                model = poutine.trace(poutine.replay(self.model, trace=guide)).get_trace(cells)
+            except (RuntimeError, ValueError) as error:
+                if isinstance(error, ProgramError):
+                    raise
+                raise ProgramError(
+                    f"{self.story} could not be run on {cells!r}: {error}\nParts: {self._parts_line()}\n"
+                    f"Drawn by the guide:\n{guide.format_shapes()}"
+                ) from error
+            _check_sites(guide, model, cells)
+            try:
+                guide.compute_log_prob()
+                model.compute_log_prob()
+            except (RuntimeError, ValueError) as error:
+                raise ProgramError(f"{error}\nShapes (batch | event):\n{model.format_shapes()}") from error
+            _check_mean_field(get_model_relations(self.guide, (cells,)), get_model_relations(self.model, (cells,)))
+
+    def _parts_line(self) -> str:
+        return ", ".join(f"{name}={type(part).__name__}" for name, part in self.parts.items())
+
+    def describe(self) -> str:
+        """The story as a table: every site with its shapes, law, guide and KL term; then what depends on what.
+
+        ``n`` stands for the cells at hand. KL terms are "analytic", or "Monte Carlo" where no
+        closed form is known. Made from one run on three made-up cells.
+        """
+        blank = Cells.blank(self.schema, 3)
+        blank = blank.with_counts(torch.zeros(3, self.schema.n_genes)).to(self.device)
+        with self.driven(self.seed), torch.no_grad():
+            guide, model = self.traces(blank)
+            relations = get_model_relations(self.model, (blank,))
+        rows = [("site", "plate", "batch | event", "law", "guide", "KL")]
+        for name, site in model.nodes.items():
+            if site["type"] != "sample" or _is_subsample(site):
+                continue
+            in_plate = any(f.name == "cells" for f in site["cond_indep_stack"])
+            batch = ["n" if in_plate and i == len(site["fn"].batch_shape) - 1 else str(size)
+                     for i, size in enumerate(site["fn"].batch_shape)]  # fmt: skip
+            shape = f"{' '.join(batch):>5} | {' '.join(map(str, site['fn'].event_shape))}"
+            law, by, kl = _law(site["fn"]), "", ""
+            if is_computed(site):
+                law = "computed"
+            elif site["is_observed"]:
+                by = "observed"
+            elif name in guide.nodes:
+                by = _law(guide.nodes[name]["fn"])
+                kl = "analytic" if analytic_kl(guide.nodes[name]["fn"], site["fn"]) is not None else "Monte Carlo"
+            rows.append((name, "cells" if in_plate else "", shape, law, by, kl))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        table = "\n".join("  ".join(v.ljust(w) for v, w in zip(row, widths)).rstrip() for row in rows)
+        depends = [
+            f"{child} <- {', '.join(p for p in parents if p != child)}"
+            for child, parents in relations["sample_sample"].items()
+            if child != "cells" and any(p != child for p in parents)
+        ]
+        n_parameters = sum(p.numel() for p in self.parameters())
+        parts = "\n".join(f"  {name}: {_one_line(part)}" for name, part in self.parts.items())
+        columns = [f"{f.column} ({len(f)})" for f in self.schema.factors.values()]
+        columns += [c.column for c in self.schema.continuous]
+        return (
+            f"{self.story}: {self.schema.n_genes:,} genes, {n_parameters:,} weights"
+            + (f", columns {', '.join(columns)}" if columns else "")
+            + f"\n{table}\ndepends: {'; '.join(depends)}\nparts:\n{parts}"
+        )
+
+
+def _one_line(part: nn.Module) -> str:
+    text = getattr(part, "extra_repr", str)()
+    return f"{type(part).__name__}({text})"
+
+
+def _wanted_parts(function: Callable[..., None]) -> dict[str, bool]:
+    """Keyword-only arguments by name: True if they have no default."""
+    parameters = list(inspect.signature(function).parameters.values())
+    if not parameters or parameters[0].kind not in (
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    ):
+        raise ProgramError(f"{function.__name__} must take the cells first: def {function.__name__}(cells, *, prior, ...)")
+    kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return {p.name: p.default is inspect.Parameter.empty for p in parameters[1:] if p.kind in kinds}
+
+
+def _is_subsample(site: Any) -> bool:
+    return poutine.util.site_is_subsample(site)
+
+
+def _base(fn: Any) -> Any:
+    while hasattr(fn, "base_dist") and type(fn).__name__ in ("Independent", "_PerCell", "MaskedDistribution", "ExpandedDistribution"):
+        fn = fn.base_dist
+    return fn
+
+
+def _law(fn: Any) -> str:
+    return type(_base(fn)).__name__
+
+
+def is_computed(site: Any) -> bool:
+    """Whether a site is a value that the story computed (``pyro.deterministic``)."""
+    return site["infer"].get("_deterministic", False) or (site["is_observed"] and _law(site["fn"]) == "Delta")
+
+
+def analytic_kl(guide: Any, model: Any) -> Tensor | None:
+    """KL(guide, model) of the batch shape where a closed form is known, else None."""
+    try:
+        return kl_divergence(guide, model)
+    except NotImplementedError:
+        return None
+
+
+def _check_sites(guide: poutine.Trace, model: poutine.Trace, cells: Cells) -> None:
+    def latent(trace: poutine.Trace) -> dict[str, Any]:
+        return {
+            name: site
+            for name, site in trace.nodes.items()
+            if site["type"] == "sample" and not site["is_observed"] and not _is_subsample(site)
+        }
+
+    drawn, wanted = latent(guide), latent(model)
+    in_model = [n for n, s in model.nodes.items() if s["type"] == "sample" and not _is_subsample(s)]
+    for name in drawn:
+        if name not in wanted:
+            raise ProgramError(
+                f'the guide draws "{name}" but the model does not. Model: {", ".join(in_model)}. Guide: {", ".join(drawn)}. '
+                f"Rename it in the guide, or remove it.{did_you_mean(name, set(wanted) - set(drawn))}"
+            )
+    for name in wanted:
+        if name not in drawn:
+            raise ProgramError(
+                f'the model draws "{name}" but the guide does not. Model: {", ".join(in_model)}. '
+                f'Guide: {", ".join(drawn) or "nothing"}. Draw it in the guide as well.'
+            )
+    for name, site in wanted.items():
+        q, p = drawn[name]["fn"], site["fn"]
+        if q.event_shape != p.event_shape:
+            raise ProgramError(
+                f'site "{name}": the guide draws events of shape {tuple(q.event_shape)}, the model of {tuple(p.event_shape)}'
+            )
+        wide, narrow = _reach(q.support), _reach(p.support)
+        if wide == "all reals" and narrow not in ("all reals", ""):
+            raise ProgramError(
+                f'site "{name}": the guide ({_law(q)}, all reals) can draw values that the prior ({_law(p)}, {narrow}) '
+                "rules out. Use a distribution with that support in the guide, such as LogNormal for positive numbers."
+            )
+        plates = [sorted(f.name for f in s["cond_indep_stack"]) for s in (drawn[name], site)]
+        if plates[0] != plates[1]:
+            raise ProgramError(f'site "{name}": the guide draws it in plates {plates[0]}, the model in {plates[1]}')
+    for name, site in model.nodes.items():
+        if site["type"] == "sample" and site["is_observed"] and not is_computed(site) and not _is_subsample(site):
+            here, seen = tuple(site["fn"].shape()), tuple(site["value"].shape)
+            if here != seen and site["fn"].event_dim and here[-1:] != seen[-1:]:
+                alike = [n for n, s in model.nodes.items() if n != name and s["type"] == "sample"
+                         and not _is_subsample(s) and s["fn"].event_shape[-1:] == here[-1:]]  # fmt: skip
+                raise ProgramError(
+                    f'site "{name}": the story gives {here[-1]:,} genes, the data have {seen[-1]:,}. Sites of that width: '
+                    f"{listed(alike) or 'none'}; check the sizes of their priors.\nShapes:\n{model.format_shapes()}"
+                )
+
+
+def _reach(support: Any) -> str:
+    inner = support
+    while hasattr(inner, "base_constraint"):
+        inner = inner.base_constraint
+    if inner is constraints.real:
+        return "all reals"
+    if inner in (constraints.positive, constraints.nonnegative):
+        return "positive"
+    if inner is constraints.unit_interval:
+        return "between 0 and 1"
+    return "sums to 1" if inner is constraints.simplex else ""
+
+
+def _ancestors(relations: Mapping[str, Mapping[str, Any]]) -> dict[str, set[str]]:
+    """For each site, every site it depends on, directly or not."""
+    direct = {child: set(parents) - {child} for child, parents in relations["sample_sample"].items()}
+    reached: dict[str, set[str]] = {}
+    for child in direct:
+        todo, found = list(direct[child]), set()
+        while todo:
+            parent = todo.pop()
+            if parent not in found:
+                found.add(parent)
+                todo += direct.get(parent, ())
+        reached[child] = found
+    return reached
+
+
+def _check_mean_field(guide: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+    """No model parent of a site may depend on that site in the guide (the analytic KL would be wrong)."""
+    in_guide = _ancestors(guide)
+    for child, parents in _ancestors(model).items():
+        for parent in parents:
+            if child in in_guide.get(parent, ()):
+                raise ProgramError(
+                    f'the model draws "{child}" from "{parent}", but the guide draws "{parent}" from "{child}": the KL '
+                    f'terms of TraceMeanField_ELBO are then wrong. Draw "{parent}" first in the guide.'
+                )

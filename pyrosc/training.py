@@ -1,0 +1,494 @@
+"""fit: stochastic variational inference of any Program, in nats per cell.
+
+The objective is Pyro's ``TraceMeanField_ELBO`` divided by the number of cells, the optimiser
+Pyro's ``ClippedAdam`` used as a torch optimiser. Warm-up of the KL terms is a messenger
+around model and guide and always ends at weight 1; early stopping looks only at epochs
+at weight 1.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyro
+import torch
+from pyro.infer import TraceMeanField_ELBO
+from pyro.optim.clipped_adam import ClippedAdam
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .cells import Cells
+from .counts import logger, require_memory
+from .elbo import KLWeight, elbo_terms
+from .errors import FitError, PyroscWarning
+from .isolation import checked_seed
+from .loading import blocks, minibatches, n_batches_of
+from .posterior import Fit
+from .program import Program, is_computed
+from .schema import did_you_mean
+
+_SKIPS = 10  # steps in a row whose gradient is not finite
+_DEAD = 0.01  # variance over cells of a latent's posterior mean, below which it says nothing (Burda et al. 2016)
+
+
+def fit(
+    program: Program,
+    cells: Cells,
+    *,
+    epochs: int | None = None,
+    batch_size: int = 128,
+    lr: float = 5e-3,
+    schedule: str = "cosine",
+    warmup: float = 0.3,
+    validation: float | Sequence[int] | None = 0.1,
+    patience: int | None = 15,
+    weight_decay: float = 0.0,
+    clip_norm: float = 10.0,
+    seed: int | None = 0,
+    device: str | torch.device = "auto",
+    progress: bool = True,
+    **unknown: Any,
+) -> Fit:
+    """Train a copy of ``program`` on ``cells``; the Program itself is unchanged.
+
+    Parameters
+    ----------
+    epochs : passes over the training cells; None chooses by their number (see Notes)
+    batch_size : most cells of a step
+    lr : learning rate at its height, in (0, 1]
+    schedule : "cosine" (rises over the first 5 % of the steps, then falls to zero) or "constant"
+    warmup : fraction of the steps, in [0, 1), over which the KL weight rises to 1
+    validation : share of cells held out, or their positions; None for none
+        Held-out cells choose the best epoch and are never trained on.
+    patience : epochs at KL weight 1 without a better held-out ELBO before stopping; None for never
+    weight_decay : L2 penalty of ClippedAdam
+    clip_norm : bound on each element of the gradient, in nats per cell (ClippedAdam's clamp)
+    seed : of the split, the order and the draws; None draws one and keeps it in ``settings``
+    device : "auto" (CUDA where there is one), or a torch device
+    progress : whether to show a bar
+
+    Returns
+    -------
+    Fit
+        With the weights of the best epoch. ``history`` has a row an epoch: ``train_elbo`` and
+        ``validation_elbo`` (nats per cell at KL weight 1), ``reconstruction``, ``kl_<site>``,
+        ``kl_weight``, ``lr``, ``cells_per_second``, ``active_units`` (latents whose posterior mean
+        varies over cells by more than 0.01), ``seconds``, ``skipped_steps``.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range.
+    ProgramError
+        If model and guide disagree; found before the first step.
+    FitError
+        If the loss stops being finite; ``error.fit`` holds the last good state.
+
+    Warns
+    -----
+    PyroscWarning
+        After the fit, if latents are unused or the held-out ELBO was still rising.
+
+    Notes
+    -----
+    Ctrl-C finishes the step and returns the Fit so far, its state "interrupted"; a second one
+    raises. The same seed, machine and thread count give the same weights bit for bit.
+    """
+    if unknown:
+        known = [k for k in fit.__kwdefaults__]
+        name = next(iter(unknown))
+        raise TypeError(f"fit() has no argument {name!r}." + did_you_mean(name, known))
+    if not isinstance(program, Program):
+        raise TypeError(f"fit() takes a Program first, such as pyrosc.scvi(cells), not {type(program).__name__}")
+    seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else checked_seed(seed)
+    _check_arguments(epochs, batch_size, lr, schedule, warmup, patience, weight_decay, clip_norm)
+    place = _device(device)
+    if cells.total != len(cells):
+        raise ValueError("fit takes a whole data set, not a mini-batch")
+    cells = Cells.align(cells, program.schema)
+    if not cells.has_counts:
+        raise ValueError("these cells hold no counts to fit")
+    train, held_out = _split(cells, validation, seed)
+    if epochs is None:
+        epochs = default_epochs(len(train), batch_size)
+    given = {
+        "epochs": epochs, "batch_size": batch_size, "lr": lr, "schedule": schedule, "warmup": warmup,
+        "validation": validation if validation is None or np.ndim(validation) == 0 else [int(i) for i in validation],
+        "patience": patience, "weight_decay": weight_decay, "clip_norm": clip_norm, "seed": seed,
+    }  # fmt: skip
+    run = _Run(program.copy().to(place), train.to(place), None if held_out is None else held_out.to(place), given)
+    run.settings |= {"device": str(place), "fingerprint": cells.fingerprint(), "versions": versions()}
+    with run.program.driven(seed, train=True):
+        try:
+            run.prepare()
+            run.loop(progress)
+        except torch.cuda.OutOfMemoryError as error:
+            failure = FitError(
+                f"the GPU ran out of memory with batch_size={batch_size} (estimated need "
+                f"{run.settings['estimate']['memory_gb']:.1f} GB): halve batch_size"
+            )
+            failure.fit = run.result("failed")
+            raise failure from error
+    result = run.result(run.state)
+    _remarks(result, run)
+    return result
+
+
+def default_epochs(n_cells: int, batch_size: int) -> int:
+    """Epochs for about 600 steps, but at least 10 and at most 100."""
+    return int(min(100, max(10, round(600 / n_batches_of(n_cells, batch_size)))))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a fit rests on."""
+    from . import __version__
+
+    packages = {name: metadata.version(name) for name in ("torch", "pyro-ppl", "numpy", "anndata")}
+    return {"pyrosc": __version__, "python": platform.python_version(), **packages}
+
+
+def _check_arguments(
+    epochs: Any, batch_size: Any, lr: Any, schedule: Any, warmup: Any, patience: Any, weight_decay: Any, clip_norm: Any
+) -> None:
+    for name, value, optional in (
+        ("epochs", epochs, True),
+        ("batch_size", batch_size, False),
+        ("patience", patience, True),
+    ):
+        if value is None and optional:
+            continue
+        if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+    if not 0 < lr <= 1:
+        raise ValueError(f"lr must be in (0, 1], not {lr!r}")
+    if schedule not in ("cosine", "constant"):
+        raise ValueError(f'schedule must be "cosine" or "constant", not {schedule!r}')
+    if not 0 <= warmup < 1:
+        raise ValueError(f"warmup must be in [0, 1), a fraction of the steps, not {warmup!r}; it always ends at weight 1")
+    if not (weight_decay >= 0 and math.isfinite(weight_decay)):
+        raise ValueError(f"weight_decay must be >= 0, not {weight_decay!r}")
+    if not clip_norm > 0:
+        raise ValueError(f"clip_norm must be positive, not {clip_norm!r}")
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f'device must be "auto", "cpu", "cuda" or "cuda:1", not {device!r}') from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f'device="{device}": this torch ({torch.__version__}) finds no CUDA. Install a CUDA build of torch '
+            'and a driver, or pass device="cpu".'
+        )
+    if place.type not in ("cpu", "cuda"):
+        raise ValueError(f'device must be on "cpu" or "cuda", not {device!r}')
+    return place
+
+
+def _split(cells: Cells, validation: Any, seed: int) -> tuple[Cells, Cells | None]:
+    """Training cells, and held-out ones."""
+    n = len(cells)
+    if validation is None:
+        return cells, None
+    if np.ndim(validation) == 0:
+        if isinstance(validation, bool) or not 0 < validation < 1:
+            raise ValueError(f"validation must be a share in (0, 1), positions, or None for none, not {validation!r}")
+        n_held = round(validation * n)
+        if not 0 < n_held < n:
+            raise ValueError(f"validation={validation} of {n:,} cells leaves none on one side; pass validation=None")
+        held = np.random.default_rng(seed).permutation(n)[:n_held]
+    else:
+        held = np.asarray(validation)
+        if held.dtype == bool:
+            raise ValueError("validation takes positions: numpy.flatnonzero(mask)")
+        wrong = (held < 0) | (held >= n)
+        if wrong.any():
+            raise ValueError(f"validation: there is no cell {held[wrong.argmax()]}; there are {n:,}")
+        repeated = pd.Index(held).duplicated()
+        if repeated.any():
+            raise ValueError(f"validation names cell {held[repeated.argmax()]} twice")
+        if not 0 < len(held) < n:
+            raise ValueError(f"validation names {len(held):,} of {n:,} cells; both sides need some")
+    mask = np.zeros(n, dtype=bool)
+    mask[held] = True
+    return cells[~mask], cells[mask]
+
+
+class _Run:
+    """One fit under way."""
+
+    def __init__(self, program: Program, train: Cells, held_out: Cells | None, given: dict[str, Any]) -> None:
+        self.program, self.train, self.held_out, self.given = program, train, held_out, given
+        self.rows: list[dict[str, float]] = []
+        self.state, self.best_epoch, self.best_elbo = "failed", 0, -math.inf
+        self.step, self.skipped, self.skipped_in_row = 0, 0, 0
+        self.weight = 0.0
+        self.seconds = 0.0
+        self.settings: dict[str, Any] = {"n_cells": len(train), "n_held_out": 0 if held_out is None else len(held_out)}
+        self.good = self._weights()
+        self.elbo = TraceMeanField_ELBO(max_plate_nesting=1)
+        self.kl = KLWeight()
+        self.model, self.guide = self.kl(program.model), self.kl(program.guide)
+        self.total_steps = given["epochs"] * n_batches_of(len(train), given["batch_size"])
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: value.detach().clone() for name, value in self.program.state_dict().items()}
+
+    def loss(self, batch: Cells) -> Tensor:
+        """Minus the weighted ELBO in nats per cell."""
+        return self.elbo.differentiable_loss(self.model, self.guide, batch) / batch.total
+
+    # ---- before the first step ----------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Start values, one validated run, and an estimate of what the fit will take."""
+        self.program.start(self.train)
+        self.good = self._weights()
+        first = self.train.rows(torch.arange(min(len(self.train), self.given["batch_size"]), device=self.train.device), whole=False)
+        self.program.check(first)
+        n_weights = sum(p.numel() for p in self.program.parameters())
+        # Weights, gradients, two moments, best and last good copy; some 12 dense arrays of a step.
+        memory = 4 * (6 * n_weights + 12 * len(first) * self.train.n_genes)
+        self.settings["estimate"] = {"memory_gb": memory / 1e9}
+        if self.train.device.type == "cpu":
+            require_memory(memory, "training", "Lower batch_size, or choose fewer genes.")
+        began = time.perf_counter()
+        for attempt in range(2):  # the first is slower: buffers are made
+            began = time.perf_counter()
+            self.loss(first).backward()
+            self.kl.kl_terms(1)
+            for p in self.program.parameters():
+                p.grad = None
+        step = time.perf_counter() - began
+        seconds = 1.2 * step * self.total_steps  # optimiser and held-out cells add about a fifth
+        self.settings["estimate"]["seconds"] = seconds
+        logger.info("about %.0f s for %d steps, %.2f GB", seconds, self.total_steps, memory / 1e9)
+
+    # ---- the loop -----------------------------------------------------------------------------
+
+    def loop(self, progress: bool) -> None:
+        given = self.given
+        parameters = [p for p in self.program.parameters() if p.requires_grad]
+        optimizer = ClippedAdam(
+            parameters, lr=given["lr"], weight_decay=given["weight_decay"], clip_norm=given["clip_norm"]
+        )
+        order = torch.Generator().manual_seed(given["seed"])
+        estimate = self.settings["estimate"]
+        text = f"fit (about {estimate['seconds']:.0f} s, {estimate['memory_gb']:.2f} GB)"
+        began = time.perf_counter()
+        since_best = 0
+        with _interrupts() as interrupted, tqdm(total=given["epochs"], desc=text, unit="epoch", disable=not progress) as bar:
+            for epoch in range(1, given["epochs"] + 1):
+                row = self._epoch(epoch, optimizer, parameters, order, interrupted)
+                self.seconds = time.perf_counter() - began
+                self.rows.append(row | {"seconds": self.seconds})
+                score = row.get("validation_elbo", math.nan)
+                if self.weight < 1 or self.held_out is None:
+                    self.good, self.best_epoch = self._weights(), epoch
+                elif self.best_elbo == -math.inf or score > self.best_elbo:
+                    self.good, self.best_epoch, self.best_elbo, since_best = self._weights(), epoch, score, 0
+                else:
+                    since_best += 1
+                bar.set_postfix({"elbo": f"{row.get('validation_elbo', row['train_elbo']):.1f}", "kl": f"{self.weight:.2f}"})
+                bar.update()
+                if interrupted.is_set():
+                    self.state = "interrupted"
+                    return
+                if given["patience"] is not None and since_best >= given["patience"]:
+                    self.state = "stopped early"
+                    return
+        self.state = "finished"
+
+    def _epoch(
+        self, epoch: int, optimizer: ClippedAdam, parameters: list[Tensor], order: torch.Generator, interrupted: threading.Event
+    ) -> dict[str, float]:
+        given = self.given
+        sums: dict[str, Tensor] = {}
+        n_seen, skipped, began = 0, self.skipped, time.perf_counter()
+        for batch in minibatches(self.train, given["batch_size"], order):
+            rate = given["lr"] * _rate(self.step, self.total_steps, given["schedule"])
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            self.kl.weight = self.weight = _kl_weight(self.step, self.total_steps, given["warmup"])
+            loss = self.loss(batch)
+            terms = self.kl.kl_terms(len(self.train))
+            self.step += 1
+            if not bool(torch.isfinite(loss)):
+                raise self._failure(batch, f"the loss became {loss.item():g} at step {self.step}")
+            loss.backward()
+            if self._gradient_is_finite(parameters):
+                optimizer.step()
+                self.skipped_in_row = 0
+            else:
+                self.skipped += 1
+                self.skipped_in_row += 1
+                if self.skipped_in_row >= _SKIPS:
+                    raise self._failure(batch, f"the gradient was not finite for {_SKIPS} steps up to step {self.step}")
+            for p in parameters:
+                p.grad = None
+            weighted = sum(terms.values(), loss.new_zeros(()))
+            numbers = {f"kl_{name}": term for name, term in terms.items()}
+            numbers["reconstruction"] = self.weight * weighted - loss.detach()
+            numbers["train_elbo"] = numbers["reconstruction"] - weighted
+            for name, value in numbers.items():
+                sums[name] = sums.get(name, 0) + len(batch) * value
+            n_seen += len(batch)
+            if interrupted.is_set():
+                break
+        seconds = time.perf_counter() - began
+        means = {name: float(value) / n_seen for name, value in sums.items()}
+        row: dict[str, float] = {"epoch": epoch, "train_elbo": means.pop("train_elbo")}
+        row |= self._look(self.train[: min(len(self.train), 1000)] if self.held_out is None else self.held_out)
+        return row | means | {
+            "kl_weight": self.weight, "lr": rate, "cells_per_second": n_seen / seconds,
+            "skipped_steps": self.skipped - skipped,
+        }  # fmt: skip
+
+    def _look(self, cells: Cells) -> dict[str, float]:
+        """Held-out ELBO at weight 1 (the same draws every epoch) and active units."""
+        local, centres, shared = [], [], 0.0
+        with self.program.driven(self.given["seed"]), torch.no_grad():
+            for block in blocks(cells):
+                terms = elbo_terms(self.program, block)
+                local.append(terms.local)
+                centres.append(terms.z_mean)
+                shared = sum(float(v) for v in terms.global_kl.values())
+        looked: dict[str, float] = {}
+        if self.held_out is not None:
+            looked["validation_elbo"] = float(torch.cat(local).mean()) - shared / len(self.train)
+        if all(c is not None for c in centres) and len(cells) > 1:
+            self.spread = torch.cat(centres).var(0)
+            looked["active_units"] = int((self.spread > _DEAD).sum())
+        return looked
+
+    @staticmethod
+    def _gradient_is_finite(parameters: list[Tensor]) -> bool:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
+
+    # ---- when it goes wrong -------------------------------------------------------------------
+
+    def _failure(self, batch: Cells, what: str) -> FitError:
+        failure = FitError(f"{what}. {self._culprit(batch)} Lower lr (now {self.given['lr']:g}), or look at these cells.")
+        failure.fit = self.result("failed")
+        return failure
+
+    def _culprit(self, batch: Cells) -> str:
+        """The first site, cell and gene that is not finite."""
+        wrong = [n for n, p in self.program.named_parameters() if not bool(torch.isfinite(p).all())]
+        if wrong:
+            return f"Weights of {wrong[0].removeprefix('parts.')} are no longer finite."
+        with torch.no_grad(), pyro.validation_enabled(False):
+            guide, model = self.program.traces(batch)
+        for trace in (guide, model):
+            for name, site in trace.nodes.items():
+                if site["type"] != "sample" or name == "cells" or (site["is_observed"] and is_computed(site)):
+                    continue
+                fn = getattr(site["fn"], "base_dist", site["fn"])
+                with torch.no_grad():
+                    bad = ~torch.isfinite(fn.log_prob(site["value"]))
+                if not bool(bad.any()):
+                    continue
+                place = bad.nonzero()[0].tolist()
+                cells = bad.reshape(len(batch), -1).any(-1) if bad.shape[:1] == (len(batch),) else bad.any().reshape(1)
+                text = f'First site that is not finite: "{name}", for {int(cells.sum())} of {len(batch)} cells'
+                if bad.shape[:1] != (len(batch),) or batch._rows is None:
+                    return text + "."
+                text += f" (first: row {int(batch._rows[place[0]])} of the data"
+                if name == "x" and len(place) == 2:
+                    mean = float(fn.mean[tuple(place)])
+                    text += (
+                        f', gene "{self.program.schema.genes[place[1]]}", count '
+                        f"{float(site['value'][tuple(place)]):g} where the mean is {mean:g}"
+                    )
+                return text + ")."
+        return "Every site is finite in a second run: a draw of the guide was extreme."
+
+    def result(self, state: str) -> Fit:
+        """The Fit of the last good weights."""
+        program = self.program.copy()
+        program.load_state_dict(self.good)
+        kl_weight = self.rows[self.best_epoch - 1]["kl_weight"] if self.rows and self.best_epoch else self.weight
+        settings = self.given | self.settings | {
+            "state": state, "best_epoch": self.best_epoch, "seconds": self.seconds,
+            "kl_weight": kl_weight, "skipped_steps": self.skipped,
+        }  # fmt: skip
+        history = pd.DataFrame(self.rows)
+        return Fit(program, history.astype({"epoch": int}) if len(history) else history, settings)
+
+
+def _kl_weight(step: int, total: int, warmup: float) -> float:
+    """Rises linearly to 1 over the first ``warmup`` share of the steps; never zero."""
+    return min(1.0, (step + 1) / max(warmup * total, 1.0))
+
+
+def _rate(step: int, total: int, schedule: str) -> float:
+    """Share of the learning rate at a step."""
+    if schedule == "constant":
+        return 1.0
+    rise = max(1.0, 0.05 * total)
+    if step < rise:
+        return (step + 1) / rise if rise > 1 else 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(total - rise, 1)))
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Ctrl-C sets the event; a second one raises KeyboardInterrupt. Handlers are put back."""
+    seen = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield seen
+        return
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if seen.is_set():
+            raise KeyboardInterrupt
+        seen.set()
+
+    old = signal.signal(signal.SIGINT, handler)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, old)
+
+
+def _remarks(result: Fit, run: _Run) -> None:
+    """One warning with what a reader of this fit should know."""
+    notes = []
+    spread = getattr(run, "spread", None)
+    if spread is not None and bool((spread <= _DEAD).any()) and result.settings["kl_weight"] == 1:
+        dead = [str(i) for i in torch.nonzero(spread <= _DEAD).flatten().tolist()]
+        if len(dead) == len(spread):
+            notes.append("posterior collapse: the latent state does not vary over cells. Train longer or with a larger warmup")
+        else:
+            notes.append(
+                f"{len(dead)} of {len(spread)} latent dimensions are unused ({', '.join(dead)}): the data ask for fewer. "
+                "The answers stand; n_latent could be smaller"
+            )
+    if run.state == "finished" and "validation_elbo" in result.history:
+        at_one = result.history.loc[result.history["kl_weight"] == 1, "validation_elbo"].to_numpy()
+        last = at_one[-max(3, len(at_one) // 10) :]
+        gain = (last[-1] - last[0]) / max(len(last) - 1, 1)
+        if len(last) >= 3 and gain > 1e-3 * abs(last[-1]):
+            notes.append(f"the held-out ELBO was still rising by {gain:.2f} nats a cell and epoch at the end: more epochs=")
+    if result.settings["kl_weight"] < 1:
+        notes.append(f"the fit ended at KL weight {result.settings['kl_weight']:.2f}: it is not yet a posterior")
+    if run.skipped:
+        notes.append(f"{run.skipped} steps were skipped because their gradient was not finite")
+    if notes:
+        warnings.warn("; ".join(notes), PyroscWarning, stacklevel=3)
