@@ -12,6 +12,10 @@ from .posterior import Fit
 from .priors import Prior
 from .program import Program
 from .schema import Schema
+from .store import load
 from .training import fit
+
+# isort: split
+from . import check, datasets, simulate
 
 __version__ = "0.1.0"

@@ -25,6 +25,7 @@ Within 1e-3 nats an entry of float64 for dispersion 1e-3 to 1e8 and means 1e-8 t
 from __future__ import annotations
 
 import math
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -268,7 +269,7 @@ class _LogZINB(torch.autograd.Function):
             counted = apart.neg().sigmoid_()  # probability that a zero is a count, not an extra one
             if to_gate:
                 chance = gate.sigmoid()
-                by_gate = _put((1.0 - chance).sub_(counted), found, -_pick(chance, found))
+                by_gate = _put((1.0 - chance) - counted, found, -_pick(chance, found))
             if to_dispersion:
                 by_dispersion = _put(zero_slope.mul_(counted), found, block.by_dispersion)
             if to_mean:
@@ -337,6 +338,9 @@ class _Counts(TorchDistribution):
     _names: tuple[str, ...]  # parameters, each kept as it came (not expanded) under "_" + name
 
     def _set(self, parameters: dict[str, Tensor], validate_args: bool | None) -> None:
+        floating = [p.dtype for p in parameters.values() if p.is_floating_point()]
+        dtype = reduce(torch.promote_types, floating) if floating else torch.get_default_dtype()
+        parameters = {name: value.to(dtype) for name, value in parameters.items()}
         for name, value in parameters.items():
             setattr(self, "_" + name, value)
         shape = torch.broadcast_shapes(*(p.shape for p in parameters.values()))
@@ -479,8 +483,6 @@ class NegativeBinomial(_Counts):
 
     def cdf(self, value: Tensor) -> Tensor:
         """Probability of at most ``value`` (any real number), without gradient."""
-        if self._validate_args:
-            self._validate_sample(value)
         return _nb_cdf(value, self._mean, self._dispersion)
 
 
@@ -521,7 +523,7 @@ class ZeroInflatedNegativeBinomial(_Counts):
     ) -> None:
         mean = _given("mean", mean, log_mean)
         dispersion = _given("dispersion", dispersion, log_dispersion).clamp(max=_POISSON)
-        gate = torch.as_tensor(gate_logits, dtype=mean.dtype)
+        gate = torch.as_tensor(gate_logits)
         self._set({"mean": mean, "dispersion": dispersion, "gate_logits": gate}, validate_args)
 
     @property
@@ -558,8 +560,6 @@ class ZeroInflatedNegativeBinomial(_Counts):
 
     def cdf(self, value: Tensor) -> Tensor:
         """Probability of at most ``value``, without gradient."""
-        if self._validate_args:
-            self._validate_sample(value)
         extra = torch.sigmoid(self._gate_logits.detach())
         return extra * (value >= 0) + (1 - extra) * _nb_cdf(value, self._mean, self._dispersion)
 
@@ -609,8 +609,6 @@ class Poisson(_Counts):
 
     def cdf(self, value: Tensor) -> Tensor:
         """Probability of at most ``value``, without gradient."""
-        if self._validate_args:
-            self._validate_sample(value)
         x, mean = _float64(value), _float64(self._mean)
         return _tensor(np.where(x < 0, 0.0, special.pdtr(np.floor(np.maximum(x, 0)), mean)), self._mean)
 

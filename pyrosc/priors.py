@@ -7,6 +7,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
 from .parts import Part
@@ -16,7 +17,7 @@ from .schema import Schema
 DISTRIBUTIONS: dict[str, type] = {
     name: value
     for name, value in vars(dist).items()
-    if isinstance(value, type) and issubclass(value, dist.TorchDistribution) and value is not dist.TorchDistribution
+    if isinstance(value, type) and issubclass(value, TorchDistributionMixin) and name != "TorchDistribution"
 }
 
 

@@ -73,7 +73,7 @@ def fit(
     validation : share of cells held out, or their positions; None for none
         Held-out cells choose the best epoch and are never trained on.
     patience : epochs at KL weight 1 without a better held-out ELBO before stopping; None for never
-    weight_decay : L2 penalty of ClippedAdam
+    weight_decay : L2 penalty on weight matrices (not on biases, norms or dispersions), as ClippedAdam applies it
     clip_norm : bound on each element of the gradient, in nats per cell (ClippedAdam's clamp)
     seed : of the split, the order and the draws; None draws one and keeps it in ``settings``
     device : "auto" (CUDA where there is one), or a torch device
@@ -284,9 +284,12 @@ class _Run:
     def loop(self, progress: bool) -> None:
         given = self.given
         parameters = [p for p in self.program.parameters() if p.requires_grad]
-        optimizer = ClippedAdam(
-            parameters, lr=given["lr"], weight_decay=given["weight_decay"], clip_norm=given["clip_norm"]
-        )
+        # Biases, norms and dispersions have scales of their own: only matrices are drawn to zero.
+        groups = [
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": given["weight_decay"]},
+            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = ClippedAdam([g for g in groups if g["params"]], lr=given["lr"], clip_norm=given["clip_norm"])
         order = torch.Generator().manual_seed(given["seed"])
         estimate = self.settings["estimate"]
         text = f"fit (about {estimate['seconds']:.0f} s, {estimate['memory_gb']:.2f} GB)"

@@ -1,0 +1,86 @@
+"""Pictures, by matplotlib. Each function draws on the axes it is given, or on new ones, and returns them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from .posterior import Fit
+
+
+def _axes(ax: Axes | None) -> Axes:
+    if ax is not None:
+        return ax
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('pictures need matplotlib: pip install "pyrosc[plot]"') from error
+    return Figure(figsize=(5, 4), layout="constrained").subplots()
+
+
+def history(fit: Fit, ax: Axes | None = None) -> Axes:
+    """Training and held-out ELBO by epoch, the warm-up shaded, the best epoch marked.
+
+    Without ``ax`` the picture belongs to a new Figure: ``history(fit).figure.savefig(...)``.
+    """
+    ax = _axes(ax)
+    table = fit.history
+    ax.plot(table["epoch"], table["train_elbo"], color="0.6", label="training")
+    shown = table["train_elbo"]
+    if "validation_elbo" in table:
+        ax.plot(table["epoch"], table["validation_elbo"], color="C0", label="held out")
+        shown = table["validation_elbo"]
+    warming = table.loc[table["kl_weight"] < 1, "epoch"]
+    if len(warming):
+        ax.axvspan(table["epoch"].iloc[0], warming.max(), color="0.93", zorder=0, label="KL weight < 1")
+    if fit.settings["best_epoch"]:
+        ax.axvline(fit.settings["best_epoch"], color="C3", lw=1, ls=":", label="best epoch")
+    # The first epochs would squeeze the rest into a line.
+    low = np.nanquantile(shown, 0.1)
+    ax.set_ylim(low - 0.3 * abs(np.nanmax(table["train_elbo"]) - low), None)
+    ax.set(xlabel="epoch", ylabel="ELBO at KL weight 1, nats per cell", title=fit.program.story)
+    ax.legend(frameon=False)
+    return ax
+
+
+def latent(z: Any, color: Any = None, ax: Axes | None = None, *, title: str = "", seed: int = 0) -> Axes:
+    """Cells in two dimensions, by t-SNE of their latent means (PCA above 10,000 cells), coloured by level.
+
+    Parameters
+    ----------
+    z : (N, K)
+    color : (N,) levels, or None
+
+    Notes
+    -----
+    A picture of neighbourhoods: distances between far groups mean nothing.
+    """
+    ax = _axes(ax)
+    try:
+        from sklearn.decomposition import PCA
+        from sklearn.manifold import TSNE
+    except ImportError as error:
+        raise ImportError('a picture of the latent space needs scikit-learn: pip install "pyrosc[demo]"') from error
+    z = np.asarray(z, dtype=float)
+    by_tsne = 4 <= len(z) <= 10_000 and z.shape[1] > 2
+    if by_tsne:
+        flat = TSNE(perplexity=min(30, (len(z) - 1) / 3), random_state=seed, init="pca").fit_transform(z)
+    elif z.shape[1] > 2:
+        flat = PCA(2, random_state=seed).fit_transform(z)
+    else:
+        flat = np.pad(z, ((0, 0), (0, 2 - z.shape[1])))
+    levels = [None] if color is None else sorted({str(v) for v in color})
+    names = np.array([None] * len(z)) if color is None else np.array([str(v) for v in color])
+    for i, level in enumerate(levels):
+        here = names == level if level is not None else slice(None)
+        shade = f"C{i}" if len(levels) <= 10 else None
+        ax.scatter(*flat[here].T, s=9, lw=0, color=shade, label=level)
+    name = "t-SNE" if by_tsne else "PC" if z.shape[1] > 2 else "z"
+    ax.set(xlabel=f"{name} 1", ylabel=f"{name} 2", xticks=[], yticks=[], title=title)
+    if color is not None and len(levels) <= 30:
+        ax.legend(frameon=False, fontsize=7, bbox_to_anchor=(1, 1), loc="upper left", markerscale=2)
+    return ax

@@ -1,0 +1,294 @@
+"""Files: a Fit as one safetensors file, which holds tensors and one JSON text and can run nothing.
+
+The text (header entry "pyrosc") has the format number, versions, the story's name, every part
+as it now is by a name from the table below with its arguments, the schema, settings and
+history. A story or part of the user's own is handed back at load time by name; nothing is
+ever imported by a name found in a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import math
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from pyro import poutine
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from .cells import Cells
+from .dispersions import GeneDispersion, NoDispersion
+from .errors import PyroscWarning
+from .libraries import GivenLibrary, ObservedLibrary
+from .likelihoods import NBLikelihood, PoissonLikelihood, ZINBLikelihood
+from .models import scvi
+from .networks import Decoder, Encoder
+from .posterior import Fit
+from .priors import DISTRIBUTIONS, Prior
+from .program import Program
+from .schema import Schema, listed
+
+FORMAT = 1
+_ENTRY = "pyrosc"
+
+STORIES: dict[str, tuple[Callable[..., None], Callable[..., None]]] = {"scvi": (scvi.model, scvi.guide)}
+
+PARTS: dict[str, type[nn.Module]] = {
+    part.__name__: part
+    for part in (
+        Prior, ObservedLibrary, GivenLibrary, GeneDispersion, NoDispersion, NBLikelihood, ZINBLikelihood,
+        PoissonLikelihood, Encoder, Decoder,
+    )
+}  # fmt: skip
+
+
+def save(fit: Fit, path: Any, *, overwrite: bool = False) -> None:
+    """Write ``fit`` to ``path``: beside it first, then renamed, so that a crash leaves the old file whole.
+
+    Raises
+    ------
+    FileExistsError
+        If ``path`` is there and ``overwrite`` is not set.
+    FileNotFoundError
+        If its folder is not there.
+    """
+    path = Path(path).absolute()
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} is there already: pass overwrite=True, or another path")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent}")
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in fit.program.state_dict().items()}
+    text = json.dumps(_described(fit), allow_nan=False)
+    _replace(path, to_bytes(tensors, metadata={_ENTRY: text}))
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Put a file in place whole or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        Path(temporary).unlink(missing_ok=True)
+        raise OSError(error.errno, f"could not write {len(content):,} bytes to {path}: {error.strerror}") from error
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _described(fit: Fit) -> dict[str, Any]:
+    program = fit.program
+    model, guide = program.functions
+    return {
+        "format": FORMAT,
+        "versions": fit.settings["versions"],
+        "story": next((name for name, pair in STORIES.items() if pair == (model, guide)), None),
+        "model": _function(model),
+        "guide": _function(guide),
+        "sites": _sites(program),
+        "seed": program.seed,
+        "parts": {name: _part(part) for name, part in program.parts.items()},
+        "schema": program.schema.to_json(),
+        "settings": _finite(fit.settings),
+        "history": {column: _finite(fit.history[column].tolist()) for column in fit.history},
+    }
+
+
+def _function(function: Callable[..., None]) -> dict[str, Any]:
+    return {"name": function.__name__, "source": _hash(function)}
+
+
+def _hash(thing: Any) -> str | None:
+    """Of its source text, where Python can give it."""
+    try:
+        return hashlib.sha256(inspect.getsource(thing).encode()).hexdigest()
+    except (OSError, TypeError):
+        return None
+
+
+def _part(part: nn.Module) -> dict[str, Any]:
+    name = type(part).__name__
+    known = PARTS.get(name) is type(part)
+    if isinstance(part, Prior):
+        known = known and DISTRIBUTIONS.get(part.arguments["distribution"]) is part.distribution
+    if known:
+        return {"part": name, "arguments": part.arguments}
+    return {"own": name, "source": _hash(type(part))}
+
+
+def _sites(program: Program) -> dict[str, list[int]]:
+    """Event shape of every site drawn by the story."""
+    blank = Cells.blank(program.schema, 2).to(program.device)
+    with program.driven(0), torch.no_grad():
+        trace = poutine.trace(program.model).get_trace(blank)
+    return {
+        name: list(site["fn"].event_shape)
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not poutine.util.site_is_subsample(site)
+    }
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: None stands for it."""
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def load(
+    path: Any,
+    *,
+    model: Callable[..., None] | None = None,
+    guide: Callable[..., None] | None = None,
+    device: str | torch.device = "cpu",
+    **own_parts: nn.Module,
+) -> Fit:
+    """Read a Fit that ``Fit.save`` wrote.
+
+    Parameters
+    ----------
+    model, guide : functions of a story of your own, which a file cannot hold
+    device : where to put it; it is read on the CPU first
+    **own_parts : parts of your own, by name, made as they were for the fit; their weights come from the file
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If the file is incomplete, was not written by pyrosc or by a newer one, a story or part of your
+        own was not handed in, or what was handed in has other sites or shapes than when it was saved.
+
+    Warns
+    -----
+    PyroscWarning
+        If the source of a function or part handed in has changed since.
+    """
+    path = Path(path).absolute()
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    held, tensors = _read(path)
+    notes: list[str] = []
+    functions = _functions(held, model, guide, path, notes)
+    schema = Schema.from_json(held["schema"])
+    parts = {name: _made(name, part, tensors, own_parts, path, notes) for name, part in held["parts"].items()}
+    strange = set(own_parts) - set(parts)
+    if strange:
+        raise ValueError(f"{path.name} has no part {listed(sorted(strange))}; its parts: {listed(parts, 20)}")
+    program = Program(functions[0], Cells.empty(schema), functions[1], seed=held["seed"], **parts)
+    _fill(program, tensors, path)
+    sites = _sites(program)
+    if sites != held["sites"]:
+        raise ValueError(f"the story's sites are {sites}, but {path.name} was saved with {held['sites']}")
+    if notes:
+        warnings.warn("; ".join(notes), PyroscWarning, stacklevel=2)
+    history = pd.DataFrame({k: [math.nan if v is None else v for v in column] for k, column in held["history"].items()})
+    return Fit(program.to(device), history, held["settings"])
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            if _ENTRY not in header:
+                raise ValueError(f"{path} is a safetensors file, but not one that pyrosc wrote")
+            held = json.loads(header[_ENTRY])
+            if held["format"] > FORMAT:
+                from . import __version__
+
+                raise ValueError(
+                    f"{path.name} was written by pyrosc {held['versions']['pyrosc']} (format {held['format']}); this is "
+                    f"{__version__}, which reads up to format {FORMAT}. Install the newer one."
+                )
+            return held, {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        size, whole = path.stat().st_size, _promised(path)
+        if whole is not None and size < whole:
+            raise ValueError(
+                f"{path} is incomplete ({size / 1e6:.2f} of {whole / 1e6:.2f} MB); copy it again, or fit again"
+            ) from error
+        raise ValueError(f"{path} is not a file that pyrosc wrote, or it is damaged: {error}") from error
+
+
+def _promised(path: Path) -> int | None:
+    """Bytes that a safetensors header says its file has; None if the header itself is cut off or strange."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    if len(content) < 8 or length > 1e9:
+        return None
+    try:
+        header = json.loads(content[8 : 8 + length])
+        return 8 + length + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+    except (ValueError, KeyError, TypeError):
+        return 8 + length if len(content) < 8 + length else None
+
+
+def _functions(
+    held: dict[str, Any], model: Any, guide: Any, path: Path, notes: list[str]
+) -> tuple[Callable[..., None], Callable[..., None]]:
+    if held["story"] in STORIES and model is None and guide is None:
+        return STORIES[held["story"]]
+    known = STORIES.get(held["story"], (None, None))
+    found = []
+    for what, given, stock in (("model", model, known[0]), ("guide", guide, known[1])):
+        function = given if given is not None else stock
+        name = held[what]["name"]
+        if function is None:
+            raise ValueError(
+                f'{path.name} holds a story of your own, "{held["model"]["name"]}": '
+                f"pass the functions it was made with, load(path, model={held['model']['name']}, guide={held['guide']['name']})"
+            )
+        if held[what]["source"] and _hash(function) and _hash(function) != held[what]["source"]:
+            notes.append(f'the source of {what} "{name}" has changed since {path.name} was saved')
+        found.append(function)
+    return found[0], found[1]
+
+
+def _made(
+    name: str, held: dict[str, Any], tensors: dict[str, Tensor], own: dict[str, nn.Module], path: Path, notes: list[str]
+) -> nn.Module:
+    if name in own:
+        if held.get("source") and _hash(type(own[name])) not in (None, held["source"]):
+            notes.append(f'the source of part "{name}" has changed since {path.name} was saved')
+        return own[name]
+    if "own" in held:
+        raise ValueError(
+            f'part "{name}" is of a class of your own, {held["own"]}: pass one made as it was for the fit, '
+            f"load(path, {name}={held['own']}(...))"
+        )
+    if held["part"] not in PARTS:
+        raise ValueError(f'{path.name} has a part "{held["part"]}" that this pyrosc does not know')
+    if held["part"] == "Prior":
+        prefix = f"parts.{name}."
+        numbers = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        return Prior.from_arguments(**held["arguments"], **numbers)
+    return PARTS[held["part"]](**held["arguments"])
+
+
+def _fill(program: Program, tensors: dict[str, Tensor], path: Path) -> None:
+    own = program.state_dict()
+    for name in sorted(own.keys() | tensors.keys()):
+        here, there = (tuple(t[name].shape) if name in t else None for t in (own, tensors))
+        if here != there:
+            raise ValueError(
+                f"{name.removeprefix('parts.')}: the part as handed in has shape {here}, {path.name} holds {there}. "
+                "Make it as it was for the fit."
+            )
+    program.load_state_dict(tensors)
