@@ -330,10 +330,13 @@ class Cells:
         def column(a: np.ndarray) -> Tensor:
             return torch.tensor(a, dtype=torch.float32).unsqueeze(-1)
 
+        obs = obs.copy()
+        obs.index = obs.index.astype(str)
+
         return cls(
             schema, counts, column(library), {k: torch.from_numpy(v) for k, v in codes.items()},
             {k: torch.tensor(v, dtype=torch.float32) for k, v in values.items()},
-            None if factors is None else column(factors), obs.copy(), None if mask is None else torch.from_numpy(mask),
+            None if factors is None else column(factors), obs, None if mask is None else torch.from_numpy(mask),
         )  # fmt: skip
 
     # ---- brought into a known order --------------------------------------------------------
@@ -664,7 +667,7 @@ class Cells:
         kept = np.random.default_rng(seed).binomial(data.astype(np.int64), fraction)
         parts = []
         for part in (kept, data - kept):
-            csr = sparse.csr_matrix((part, held.indices.numpy(), held.indptr.numpy()), shape=(len(held), self.n_genes))
+            csr = sparse.csr_matrix((part, held.indices.numpy(), held.indptr.numpy()), shape=(len(held), self.n_genes), copy=True)
             csr.eliminate_zeros()
             parts.append(self.with_counts(csr)._with_own_library())
         return parts[0], parts[1]

@@ -278,12 +278,13 @@ class Fit:
         own = self._ready(adata if cells is None else cells)
         mean, sd = self.latent(own), self.latent_sd(own)
         if cells is not None:
-            for index, what in ((adata.obs_names, "adata"), (own.names, "cells")):
+            there = adata.obs_names.astype(str)
+            for index, what in ((there, "adata"), (own.names, "cells")):
                 if not index.is_unique:
                     raise ValueError(f"cell names of {what} repeat, so results cannot be joined by name")
-            at = own.names.get_indexer(adata.obs_names)
-            if (at < 0).all() or len(own.names.difference(adata.obs_names)):
-                strange = own.names.difference(adata.obs_names)
+            at = own.names.get_indexer(there)
+            if (at < 0).all() or len(own.names.difference(there)):
+                strange = own.names.difference(there)
                 raise ValueError(f"{len(strange):,} of these cells are not in adata ({listed(strange)})")
             mean, sd = (np.where(at[:, None] >= 0, a[at], np.nan).astype(a.dtype) for a in (mean, sd))
         adata.obsm[key], adata.obsm[f"{key}_sd"] = mean, sd
