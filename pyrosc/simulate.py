@@ -17,12 +17,14 @@ def tissue(
     n_batches: int = 3,
     *,
     depth: float = 2500.0,
+    n_markers: int = 60,
+    effect: float = 0.7,
     seed: int = 0,
 ) -> anndata.AnnData:
     """A tissue of related cell types measured in batches, with negative binomial counts.
 
-    Types are the leaves of a binary tree: each branch shifts the log rates of 60 genes by
-    Normal(0, 0.7). Within types one continuous factor moves 40 genes by Normal(0, 0.3) a
+    Types are the leaves of a binary tree: each branch shifts the log rates of ``n_markers``
+    genes by Normal(0, ``effect``). Within types one continuous factor moves 40 genes (at most 4 %) by Normal(0, 0.3) a
     unit. Batches shift every gene by Normal(0, 0.3), and by Normal(0, 0.1) more in each
     type; the last type is missing from the last batch if there are two or more batches.
     Base log rates are Normal(-1, 1.2), shares their softmax; totals are LogNormal around
@@ -34,19 +36,20 @@ def tissue(
     AnnData
         ``X`` CSR counts (N, G); ``obs``: "batch", "cell_type", "factor" (the continuous one) and
         "library" (expected total); ``layers["rho"]`` (N, G) true shares; ``var["dispersion"]``.
-        (With ``n_genes`` below 100, branches and factor move 6 % and 4 % of the genes.)
     """
     draw = np.random.default_rng(seed)
-    of_branch, of_factor = min(60, max(2, int(0.06 * n_genes))), min(40, max(2, int(0.04 * n_genes)))
+    if not 1 <= n_markers <= n_genes:
+        raise ValueError(f"n_markers must be between 1 and n_genes={n_genes}, not {n_markers}")
+    of_factor = min(40, max(2, n_genes // 25))
     levels = max(1, int(np.ceil(np.log2(max(n_types, 2)))))
-    effect = np.zeros((n_types, n_genes))
+    of_type = np.zeros((n_types, n_genes))
     for level in range(levels):
         for branch in range(2 ** (level + 1)):
             inside = [t for t in range(n_types) if t >> (levels - 1 - level) == branch]
-            genes = draw.choice(n_genes, of_branch, replace=False)
-            shift = draw.normal(0, 0.7, of_branch)
+            genes = draw.choice(n_genes, n_markers, replace=False)
+            shift = draw.normal(0, effect, n_markers)
             for t in inside:
-                effect[t, genes] += shift
+                of_type[t, genes] += shift
     loading = np.zeros(n_genes)
     loading[draw.choice(n_genes, of_factor, replace=False)] = draw.normal(0, 0.3, of_factor)
     base = draw.normal(-1, 1.2, n_genes)
@@ -60,7 +63,7 @@ def tissue(
         absent = (batch == n_batches - 1) & (kind == n_types - 1)
         kind[absent] = draw.integers(n_types - 1, size=absent.sum())
     factor = draw.normal(size=n_cells)
-    logits = base + effect[kind] + factor[:, None] * loading + shift[batch] + cross[batch, kind]
+    logits = base + of_type[kind] + factor[:, None] * loading + shift[batch] + cross[batch, kind]
     rho = np.exp(logits - logits.max(1, keepdims=True))
     rho /= rho.sum(1, keepdims=True)
     offset = np.resize([0.0, 0.3, -0.4], n_batches)

@@ -51,7 +51,7 @@ def adata():
 @pytest.fixture(scope="session")
 def tissue():
     """A simulated tissue with a known truth, small enough to fit in seconds."""
-    return pyrosc.simulate.tissue(600, 60, n_types=4, n_batches=2, depth=600, seed=1)
+    return pyrosc.simulate.tissue(600, 60, n_types=4, n_batches=2, depth=600, n_markers=20, effect=1.0, seed=1)
 
 
 @pytest.fixture(scope="session")
