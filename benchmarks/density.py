@@ -52,7 +52,9 @@ def laws() -> dict[str, dict[str, Callable[..., Any]]]:
         },
         "ZINB": {
             "pyrosc": lambda m, d, a: ZeroInflatedNegativeBinomial(m, d, a, **off).to_event(1),
-            "pyro": lambda m, d, a: dist.ZeroInflatedNegativeBinomial(d, logits=m.log() - d.log(), gate_logits=a, **off).to_event(1),
+            "pyro": lambda m, d, a: dist.ZeroInflatedNegativeBinomial(
+                d, logits=m.log() - d.log(), gate_logits=a, **off
+            ).to_event(1),
         },
         "Poisson": {
             "pyrosc": lambda m, d, a: Poisson(m, **off).to_event(1),
@@ -112,7 +114,9 @@ def main() -> None:
         machine = f"{cpu}, one thread, torch {torch.__version__}"
         given.out.mkdir(parents=True, exist_ok=True)
         (given.out / "density.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
-        (given.out / "density.md").write_text(f"# Densities, forward and backward\n\n{machine}\n\n" + "\n".join(lines) + "\n")
+        (given.out / "density.md").write_text(
+            f"# Densities, forward and backward\n\n{machine}\n\n" + "\n".join(lines) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -116,7 +116,11 @@ def fit_pyrosc(adata: Any, at: dict[str, Any], seed: int, progress: bool) -> tup
         level = torch.nn.functional.one_hot(batch, cells.schema.n_batches).double().expand(*z.shape[:-1], -1)
         return decoder.out(decoder.layers(torch.cat([z, level], -1))).softmax(-1), program.parts["dispersion"]()
 
-    facts = {"epochs": len(result.history), "best_epoch": int(result.settings["best_epoch"]), "lr": result.settings["lr"]}
+    facts = {
+        "epochs": len(result.history),
+        "best_epoch": int(result.settings["best_epoch"]),
+        "lr": result.settings["lr"],
+    }
     return encode, decode, seconds, facts
 
 
@@ -137,7 +141,9 @@ def keep_best() -> Any:
     return KeepBest()
 
 
-def fit_scvi(adata: Any, at: dict[str, Any], seed: int, early: bool, progress: bool) -> tuple[Any, Any, float, dict[str, Any]]:
+def fit_scvi(
+    adata: Any, at: dict[str, Any], seed: int, early: bool, progress: bool
+) -> tuple[Any, Any, float, dict[str, Any]]:
     import numpy as np
     import scvi
     import torch
@@ -175,7 +181,11 @@ def fit_scvi(adata: Any, at: dict[str, Any], seed: int, early: bool, progress: b
         return torch.stack(shares), module.px_r.exp()
 
     history = model.history["elbo_validation"]["elbo_validation"]
-    facts = {"epochs": len(history), "best_epoch": int(np.asarray(history, dtype=float).argmin()) + 1, "lr": LR if early else 1e-3}
+    facts = {
+        "epochs": len(history),
+        "best_epoch": int(np.asarray(history, dtype=float).argmin()) + 1,
+        "lr": LR if early else 1e-3,
+    }
     return encode, decode, seconds, facts
 
 
@@ -235,11 +245,13 @@ def table(results: list[dict[str, Any]]) -> str:
     import numpy as np
 
     lines = [
-        "| arm | test log p(x), nats a cell | pyrosc ahead by, paired (95 % interval) | k-hat > 0.7 | ARI | NMI | donor mixing "
-        "| seconds a fit (median) | times pyrosc's | epochs (best) | peak GB |",
+        "| arm | test log p(x), nats a cell | pyrosc ahead by, paired (95 % interval) | k-hat > 0.7 | ARI | NMI "
+        "| donor mixing | seconds a fit (median) | times pyrosc's | epochs (best) | peak GB |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    reference = {r["split"]: np.array(r["test_log_likelihood"]) for r in results if r["arm"] == "pyrosc" and "test_k_hat" in r}
+    reference = {
+        r["split"]: np.array(r["test_log_likelihood"]) for r in results if r["arm"] == "pyrosc" and "test_k_hat" in r
+    }
     ours = np.median([r["seconds"] for r in results if r["arm"] == "pyrosc"])
     for arm in ARMS:
         mine = [r for r in results if r["arm"] == arm]
@@ -247,17 +259,24 @@ def table(results: list[dict[str, Any]]) -> str:
         if not scored:
             continue
         likelihood = np.concatenate([r["test_log_likelihood"] for r in scored])
-        ahead = np.concatenate([reference[r["split"]] - np.array(r["test_log_likelihood"]) for r in scored if r["split"] in reference])
+        ahead = np.concatenate(
+            [reference[r["split"]] - np.array(r["test_log_likelihood"]) for r in scored if r["split"] in reference]
+        )
         spread = 1.96 * ahead.std(ddof=1) / np.sqrt(len(ahead)) if arm != "pyrosc" else 0
         k_hat = np.concatenate([r["test_k_hat"] for r in scored])
         seconds = np.median([r["seconds"] for r in mine])
-        versus = "" if arm == "pyrosc" else f"{ahead.mean():+.2f} ({ahead.mean() - spread:+.2f}, {ahead.mean() + spread:+.2f})"
+        versus = (
+            ""
+            if arm == "pyrosc"
+            else f"{ahead.mean():+.2f} ({ahead.mean() - spread:+.2f}, {ahead.mean() + spread:+.2f})"
+        )
         ari, nmi, mixing = (np.mean([r[k] for r in mine]) for k in ("ari", "nmi", "donor_mixing"))
         sd = np.std([r["ari"] for r in mine], ddof=1) if len(mine) > 1 else float("nan")
         epochs = ", ".join(f"{r['epochs']} ({r['best_epoch']})" for r in mine)
         lines.append(
-            f"| {arm} | {likelihood.mean():.2f} | {versus} | {np.mean(k_hat > 0.7):.1%} | {ari:.3f} (sd {sd:.3f}) | {nmi:.3f} "
-            f"| {mixing:.3f} | {seconds:.1f} | {seconds / ours:.1f} | {epochs} | {max(r['peak_gb'] for r in mine):.2f} |"
+            f"| {arm} | {likelihood.mean():.2f} | {versus} | {np.mean(k_hat > 0.7):.1%} | {ari:.3f} (sd {sd:.3f}) "
+            f"| {nmi:.3f} | {mixing:.3f} | {seconds:.1f} | {seconds / ours:.1f} | {epochs} "
+            f"| {max(r['peak_gb'] for r in mine):.2f} |"
         )
     return "\n".join(lines)
 
@@ -267,9 +286,13 @@ def machine(threads: int) -> str:
 
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), model)
+        model = next(
+            (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), model
+        )
     names = ("pyrosc", "scvi-tools", "torch", "pyro-ppl", "scanpy")
-    return f"{model}, {threads} thread(s) of {os.cpu_count()}; " + ", ".join(f"{n} {metadata.version(n)}" for n in names)
+    return f"{model}, {threads} thread(s) of {os.cpu_count()}; " + ", ".join(
+        f"{n} {metadata.version(n)}" for n in names
+    )
 
 
 def main() -> None:
@@ -284,7 +307,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.arm:
-        print("RESULT " + json.dumps(run_arm(given.arm, given.file, given.split, given.seed, given.threads, given.draws)))
+        print(
+            "RESULT " + json.dumps(run_arm(given.arm, given.file, given.split, given.seed, given.threads, given.draws))
+        )
         return
     given.out.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []
@@ -303,7 +328,9 @@ def main() -> None:
                 results.append(json.loads(line.removeprefix("RESULT ")))
                 shown = {k: v for k, v in results[-1].items() if not k.startswith("test_")}
                 print(shown, flush=True)
-                (given.out / "kang.json").write_text(json.dumps({"machine": machine(given.threads), "results": results}))
+                (given.out / "kang.json").write_text(
+                    json.dumps({"machine": machine(given.threads), "results": results})
+                )
     text = f"# Kang PBMC: pyrosc against scvi-tools\n\n{machine(given.threads)}\n\n{table(results)}\n"
     (given.out / "kang.md").write_text(text)
     print(text)

@@ -19,3 +19,31 @@ from .training import fit
 from . import check, datasets, simulate
 
 __version__ = "0.1.0"
+
+# In the order a reader meets them.
+__all__ = [  # noqa: RUF022
+    "Cells",
+    "Schema",
+    "scvi",
+    "Program",
+    "Part",
+    "Prior",
+    "Encoder",
+    "Decoder",
+    "GeneDispersion",
+    "NoDispersion",
+    "ObservedLibrary",
+    "GivenLibrary",
+    "NBLikelihood",
+    "ZINBLikelihood",
+    "PoissonLikelihood",
+    "fit",
+    "Fit",
+    "load",
+    "check",
+    "datasets",
+    "simulate",
+    "ProgramError",
+    "FitError",
+    "PyroscWarning",
+]

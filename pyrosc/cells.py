@@ -12,10 +12,9 @@ and ``cells.plate()``. It never sees AnnData, and the caller's AnnData never cha
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import anndata
@@ -26,14 +25,13 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from .counts import CountMatrix, carry, logger, nonzeros, read_counts, require_memory
+from .counts import CountMatrix, logger, nonzeros, read_counts, require_memory
 from .errors import PyroscWarning
+from .reading import check_names, chosen_genes, known_column, places, read_layer, remedy_of, where_of
 from .schema import (
     ROLES,
-    Covariate,
     Factor,
     Schema,
-    column_of,
     covariate_of,
     did_you_mean,
     factor_of,
@@ -44,7 +42,6 @@ from .schema import (
     recode,
 )
 
-_BARCODE = re.compile(r"[ACGT]{10,}([-_.]\w+)?$")
 _MANY_GENES = 10_000
 
 
@@ -159,22 +156,24 @@ class Cells:
         if not isinstance(adata, anndata.AnnData):
             raise TypeError(f"expected an AnnData, not {type(adata).__name__}; for a matrix use Cells.from_counts")
         notes: list[str] = []
-        _check_names(adata, notes)
-        counts = _read(adata, layer, notes)
+        check_names(adata, notes)
+        counts = read_layer(adata, layer, notes)
         names = np.asarray(adata.var_names.astype(str))
         if genes is not None:
-            chosen = _chosen_genes(adata, genes)
+            chosen = chosen_genes(adata, genes)
             names, counts = names[chosen], counts.select(chosen)
         if len(names) > _MANY_GENES:
+            remedy = (
+                'Select some first (scanpy.pp.highly_variable_genes, then genes="highly_variable"); '
+                "to keep depth from all genes, pass their total as size_factor="
+            )
             notes.append(
-                f"{len(names):,} genes: each layer of 128 that meets them holds {128 * len(names):,} weights, and a step "
-                f"costs about {len(names) / 2000:.0f} times that of 2,000 genes. Select some first "
-                '(scanpy.pp.highly_variable_genes, then genes="highly_variable"); to keep depth from all genes, '
-                "pass their total as size_factor="
+                f"{len(names):,} genes: each layer of 128 that meets them holds {128 * len(names):,} weights, "
+                f"and a step costs about {len(names) / 2000:.0f} times that of 2,000 genes. {remedy}"
             )
         library = counts.totals().numpy()
         if not library.any():
-            raise ValueError(f"{_where(layer)} is zero everywhere. {_remedy(adata, layer)}")
+            raise ValueError(f"{where_of(layer)} is zero everywhere. {remedy_of(adata, layer)}")
         empty = np.flatnonzero(library == 0)
         if len(empty):
             raise ValueError(
@@ -210,7 +209,7 @@ class Cells:
         ``batch=``, ``label=`` and ``sample=`` take those roles; any other column is
         continuous if it holds floating-point numbers and categorical if not.
 
-        >>> cells = Cells.from_counts([[1, 0, 2], [0, 3, 1]], batch=["a", "b"])
+        >>> cells = Cells.from_counts([[1, 0, 2], [0, 3, 1]], age=[30.0, 50.0])
         >>> cells.n_genes, cells.library.squeeze(-1).tolist()
         (3, [3.0, 4.0])
         """
@@ -248,7 +247,7 @@ class Cells:
         """No cells, but a schema: enough to build a Program."""
         none = torch.zeros(0, dtype=torch.int64)
         return cls(
-            schema, None, torch.zeros(0, 1), {c: none for c in schema.factors},
+            schema, None, torch.zeros(0, 1), dict.fromkeys(schema.factors, none),
             {c.column: torch.zeros(0) for c in schema.continuous},
             torch.zeros(0, 1) if schema.size_factor else None, pd.DataFrame(),
         )  # fmt: skip
@@ -315,9 +314,10 @@ class Cells:
         if roles["batch"] and n_batches == 1:
             logger.info('"%s" has one level: there is no batch to adjust for', batch)
         in_batch = codes[batch] if batch is not None else np.zeros(len(obs), dtype=np.int64)
+        moments: dict[str, Any] = library_moments(library, in_batch, n_batches)
         schema = Schema(
-            genes=tuple(map(str, names)), **roles, categorical=tuple(further), continuous=tuple(scalings),
-            size_factor=size_factor, layer=layer, **library_moments(library, in_batch, n_batches),
+            genes=tuple(map(str, names)), batch=roles["batch"], label=roles["label"], sample=roles["sample"],
+            categorical=tuple(further), continuous=tuple(scalings), size_factor=size_factor, layer=layer, **moments,
         )  # fmt: skip
         notes += layout_notes(schema, codes)
         return cls._hold(schema, counts, library, codes, values, factors, obs)
@@ -361,19 +361,19 @@ class Cells:
         """
         if missing not in ("error", "zero"):
             raise ValueError(f'missing must be "error" or "zero", not {missing!r}')
+        notes: list[str] = []
         if isinstance(data, Cells):
             if data.schema is schema or data.schema == schema:
                 return data
             obs, counts, genes = data._decoded_obs(), data._own_counts(), np.asarray(data.schema.genes)
-            layer, notes = data.schema.layer, []
+            layer = data.schema.layer
         elif isinstance(data, anndata.AnnData):
-            notes = []
-            _check_names(data, notes)
+            check_names(data, notes)
             layer = schema.layer
-            counts, genes, obs = _read(data, layer, notes), np.asarray(data.var_names.astype(str)), data.obs
+            counts, genes, obs = read_layer(data, layer, notes), np.asarray(data.var_names.astype(str)), data.obs
         else:
             raise TypeError(f"expected Cells or an AnnData, not {type(data).__name__}")
-        place, mask = _places(genes, schema.genes, missing, notes)
+        place, mask = places(genes, schema.genes, missing, notes)
         aligned = counts.select(place)
         library = aligned.totals().numpy()
         empty = np.flatnonzero(library == 0)
@@ -388,10 +388,8 @@ class Cells:
             if role == "label" and name not in obs.columns:
                 codes[name] = np.full(len(obs), -1, dtype=np.int64)
                 continue
-            codes[name] = recode(factor, _known_column(obs, name, role, factor.levels), role)
-        values = {
-            c.column: (numbers_of(obs, c.column, "continuous") - c.mean) / c.sd for c in schema.continuous
-        }
+            codes[name] = recode(factor, known_column(obs, name, role, factor.levels), role)
+        values = {c.column: (numbers_of(obs, c.column, "continuous") - c.mean) / c.sd for c in schema.continuous}
         factors = numbers_of(obs, schema.size_factor, "size_factor") if schema.size_factor else None
         _say([n for n in notes if "genes are never seen" not in n])
         return cls._hold(schema, aligned, library, codes, values, factors, obs, mask)
@@ -652,7 +650,8 @@ class Cells:
             else:
                 known_names = [*self.schema.factors, *(c.column for c in self.schema.continuous)]
                 raise ValueError(
-                    f'do: no covariate "{name}". There are: {listed(known_names) or "none"}.' + did_you_mean(name, known_names)
+                    f'do: no covariate "{name}". There are: {listed(known_names) or "none"}.'
+                    + did_you_mean(name, known_names)
                 )
             if obs is not None:
                 obs[column] = levels
@@ -667,7 +666,9 @@ class Cells:
         kept = np.random.default_rng(seed).binomial(data.astype(np.int64), fraction)
         parts = []
         for part in (kept, data - kept):
-            csr = sparse.csr_matrix((part, held.indices.numpy(), held.indptr.numpy()), shape=(len(held), self.n_genes), copy=True)
+            csr = sparse.csr_matrix(
+                (part, held.indices.numpy(), held.indptr.numpy()), shape=(len(held), self.n_genes), copy=True
+            )
             csr.eliminate_zeros()
             parts.append(self.with_counts(csr)._with_own_library())
         return parts[0], parts[1]
@@ -686,7 +687,7 @@ class Cells:
             x = x.detach().cpu().numpy()
         if x.shape != (len(self), self.n_genes):
             raise ValueError(f"x has shape {tuple(x.shape)} for {len(self):,} cells x {self.n_genes:,} genes")
-        names = range(len(self)) if self._obs is None else self.names
+        names: Any = range(len(self)) if self._obs is None else self.names
         counts = read_counts(x, "x", names, self.schema.genes, "Pass whole counts.", [])
         return self._copy(_counts=counts.to(self.device), _rows=None, _x=None)
 
@@ -711,150 +712,6 @@ class Cells:
         return {"cells": len(self), "names": f"{zlib.crc32(names):08x}", "counts": self._own_counts().fingerprint()}
 
 
-# ---- reading AnnData ----------------------------------------------------------------------------
-
-
-def _where(layer: str | None) -> str:
-    return "adata.X" if layer is None else f'adata.layers["{layer}"]'
-
-
-def _remedy(adata: anndata.AnnData, layer: str | None) -> str:
-    others = [name for name in adata.layers if name != layer]
-    return (
-        "Name the layer with raw counts: Cells.from_anndata(adata, layer=...)"
-        + (f"; layers there: {listed(others)}" if others else " (there are no other layers)")
-        + ("; adata.raw holds a matrix too." if adata.raw is not None else ".")
-    )
-
-
-def _read(adata: anndata.AnnData, layer: str | None, notes: list[str]) -> CountMatrix:
-    where = _where(layer)
-    if layer is not None and layer not in adata.layers:
-        raise ValueError(
-            f'no layer "{layer}" in adata.layers. Layers there: {listed(adata.layers) or "none"}.'
-            + did_you_mean(layer, adata.layers)
-        )
-    matrix = adata.X if layer is None else adata.layers[layer]
-    if matrix is None:
-        raise ValueError(f"adata.X is empty (None). {_remedy(adata, layer)}")
-    if adata.isbacked and layer is None:
-        logger.info("reading %s into memory; it will not be needed again", adata.filename)
-    try:
-        return read_counts(matrix, where, adata.obs_names, adata.var_names, _remedy(adata, layer), notes)
-    except OSError as error:
-        raise ValueError(f"could not read the counts of {adata.filename}: {error}") from error
-
-
-def _check_names(adata: anndata.AnnData, notes: list[str]) -> None:
-    """Enough cells and genes, with names that tell genes apart and are not barcodes."""
-    n, g = adata.shape
-    if not n or not g:
-        raise ValueError(f"adata has {n:,} cells and {g:,} genes; at least one of each is needed")
-    for index, what in ((adata.var_names, "gene"), (adata.obs_names, "cell")):
-        if index.is_unique:
-            continue
-        repeated = listed(dict.fromkeys(index[index.duplicated()]))
-        if what == "gene":
-            raise ValueError(
-                f"{index.duplicated().sum():,} gene names repeat ({repeated}). "
-                "Make them unique first: adata.var_names_make_unique()"
-            )
-        notes.append(f"{index.duplicated().sum():,} cell names repeat ({repeated}); results cannot be joined by name")
-    looked = list(map(str, adata.var_names[:200]))
-    if sum(bool(_BARCODE.match(name)) for name in looked) > 0.5 * len(looked):
-        raise ValueError(
-            f"the columns look like cells, not genes ({listed(looked, 3)}): {n:,} rows x {g:,} columns. "
-            "Cells are rows here: pass adata.T"
-        )
-    if "feature_types" in adata.var:
-        kinds = adata.var["feature_types"].astype(str).value_counts()
-        if len(kinds) > 1:
-            what = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
-            notes.append(f'adata.var["feature_types"] mixes {what}; one story sees them all alike. Choose with genes=')
-
-
-def _chosen_genes(adata: anndata.AnnData, genes: Any) -> np.ndarray:
-    """Positions (in the order of adata for a mask, in the order asked for by names)."""
-    if isinstance(genes, str):
-        if genes not in adata.var:
-            raise ValueError(
-                f'genes="{genes}": no such column in adata.var. Columns there: {listed(adata.var.columns, 20) or "none"}.'
-                + did_you_mean(genes, adata.var.columns)
-            )
-        genes = adata.var[genes]
-    genes = np.asarray(genes)
-    if genes.dtype == bool:
-        if len(genes) != adata.n_vars:
-            raise ValueError(f"genes= is a mask of {len(genes):,} for {adata.n_vars:,} genes")
-        at = np.flatnonzero(genes)
-    else:
-        at = adata.var_names.get_indexer(genes.astype(str))
-        if (at < 0).any():
-            raise ValueError(f"genes= names {listed(genes[at < 0])}, not in adata.var_names." + did_you_mean(
-                genes[at < 0][0], adata.var_names))  # fmt: skip
-        if len(set(at)) < len(at):
-            raise ValueError("genes= names a gene twice; name each once")
-    if not len(at):
-        raise ValueError("genes= chooses no gene")
-    return at
-
-
-def _places(
-    here: np.ndarray, wanted: Iterable[str], missing: str, notes: list[str]
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Where each wanted gene is among those here (-1: nowhere), and the mask of those that are."""
-    wanted = np.asarray(list(wanted))
-    place = pd.Index(here).get_indexer(wanted)
-    absent = place < 0
-    extra = len(here) - int((~absent).sum())
-    if extra:
-        logger.info("%d genes that the fit does not know are left out", extra)
-    if not absent.any():
-        return place, None
-    share = absent.mean()
-    text = f"{absent.sum():,} of {len(wanted):,} genes of the fit are missing here ({listed(wanted[absent])})."
-    if share > 0.5:
-        cause = _mismatch(here, wanted)
-        raise ValueError(
-            f"{text} Genes of the fit: {listed(wanted, 3)}; here: {listed(here, 3)}. {cause}"
-        )
-    if missing == "error" or share >= 0.05:
-        raise ValueError(
-            text + (' Fewer than 5 % may be taken as not measured: Cells.align(adata, fit.schema, missing="zero").'
-                    if share < 0.05 else " That is too many to go without; count them, or fit on the genes both have.")
-        )  # fmt: skip
-    notes.append(text + " They are taken as not measured")
-    return place, ~absent
-
-
-def _mismatch(here: np.ndarray, wanted: np.ndarray) -> str:
-    """The likely reason why names of genes do not meet."""
-    def overlap(change: Any) -> float:
-        return len({change(g) for g in here} & {change(g) for g in wanted}) / max(len(wanted), 1)
-
-    if overlap(lambda g: g.split(".")[0]) > 0.5:
-        return 'They differ by a version suffix: adata.var_names = adata.var_names.str.split(".").str[0].'
-    if overlap(str.upper) > 0.5:
-        return "They differ in upper and lower case: mouse and human symbols? Map them to one species first."
-    ensembl = [np.mean([bool(re.match(r"ENS[A-Z]*G\d+", g)) for g in names]) > 0.5 for names in (here, wanted)]
-    if ensembl[0] != ensembl[1]:
-        return "One side has Ensembl ids, the other symbols: set adata.var_names to the kind that the fit has."
-    return "Are these cells of the same species and assay?"
-
-
-def _known_column(obs: pd.DataFrame, name: str, role: str, levels: Any) -> pd.Series:
-    if name not in obs.columns:
-        raise ValueError(
-            f'the fit knows {role} "{name}", which is not in adata.obs. Known levels: {listed(levels, 10)}. Either set it '
-            f'(adata.obs["{name}"] = the level that is nearest), average over the known ones '
-            f'(set any, then expression(..., do={{"{name}": "all"}})), or fit again without it.'
-        )
-    return column_of(obs, name, role)
-
-
 def _say(notes: list[str]) -> None:
     if notes:
         warnings.warn("; ".join(notes), PyroscWarning, stacklevel=3)
-
-
-__all__ = ["Cells", "Covariate", "Factor", "Schema", "carry"]

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _remark(message: Any, category: Any, *_: Any) -> None:
+def _remark(message: Any, category: Any, *_: Any, **__: Any) -> None:
     if issubclass(category, PyroscWarning):
         print(f"note: {message}", file=sys.stderr)
 
@@ -55,15 +55,23 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("--layer", help="layer with raw counts (default: X)")
     own.add_argument("--batch", help="column of obs with the batch")
     own.add_argument("--label", help="column of obs with cell types, to compare the latent space with")
-    own.add_argument("--categorical", action="append", default=[], metavar="COLUMN", help="further covariate; may repeat")
-    own.add_argument("--continuous", action="append", default=[], metavar="COLUMN", help="continuous covariate; may repeat")
+    own.add_argument(
+        "--categorical", action="append", default=[], metavar="COLUMN", help="further covariate; may repeat"
+    )
+    own.add_argument(
+        "--continuous", action="append", default=[], metavar="COLUMN", help="continuous covariate; may repeat"
+    )
     own.add_argument("--genes", help="column of var that marks the genes to use, such as highly_variable")
     own.add_argument("--latent", type=int, default=10, help="latent dimensions (default: 10)")
     own.add_argument("--gene", help="the gene whose expression is shown (default: the most variable)")
     own.set_defaults(command=_fit)
     for command, folder in ((demo, "demo"), (own, "pyrosc_fit")):
-        command.add_argument("--out", type=Path, default=Path(folder), help=f"folder for the results (default: {folder})")
-        command.add_argument("--overwrite", action="store_true", default=command is demo, help="replace results that are there")
+        command.add_argument(
+            "--out", type=Path, default=Path(folder), help=f"folder for the results (default: {folder})"
+        )
+        command.add_argument(
+            "--overwrite", action="store_true", default=command is demo, help="replace results that are there"
+        )
         command.add_argument("--epochs", type=int, help="passes over the data (default: by its size)")
         command.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
         command.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -93,7 +101,9 @@ def _fit(given: argparse.Namespace) -> None:
     _run(given, adata, cells, n_latent=given.latent, gene=given.gene, key="X_scvi")
 
 
-def _run(given: argparse.Namespace, adata: anndata.AnnData, cells: Cells, *, n_latent: int, gene: str | None, key: str) -> None:
+def _run(
+    given: argparse.Namespace, adata: anndata.AnnData, cells: Cells, *, n_latent: int, gene: str | None, key: str
+) -> None:
     """Train scVI, say what was found, and write it."""
     out: Path = given.out
     files = {name: out / name for name in ("fit.safetensors", "cells.h5ad", "training.png", "latent.png")}
@@ -119,10 +129,12 @@ def _run(given: argparse.Namespace, adata: anndata.AnnData, cells: Cells, *, n_l
     try:
         from . import plot
 
-        plot.history(result).figure.savefig(files["training.png"], dpi=150)
+        figure: Any = plot.history(result).figure
+        figure.savefig(files["training.png"], dpi=150)
         label = cells.schema.label or cells.schema.batch
         color = None if label is None else cells.obs[label.column]
-        plot.latent(z, color, title=f"{result.program.story}, latent means").figure.savefig(files["latent.png"], dpi=150)
+        figure = plot.latent(z, color, title=f"{result.program.story}, latent means").figure
+        figure.savefig(files["latent.png"], dpi=150)
         written += [files["training.png"], files["latent.png"]]
     except ImportError as error:
         print(f"no pictures: {error}")
@@ -151,9 +163,14 @@ def _recovery(cells: Cells, z: np.ndarray) -> str:
     n_types, n_restarts = len(set(truth.tolist())), 10
     if n_types < 2:
         return "recovery of cell types needs at least two of them"
-    x = cells.x
+    x: Any = cells.x
     logged = np.log1p((x / cells.library * 1e4).numpy())
-    spaces = {"scvi latent": z, f"{z.shape[1]} PCs of log counts": PCA(min(z.shape[1], min(logged.shape)), random_state=0).fit_transform(logged)}
+    spaces = {
+        "scvi latent": z,
+        f"{z.shape[1]} PCs of log counts": PCA(min(z.shape[1], min(logged.shape)), random_state=0).fit_transform(
+            logged
+        ),
+    }
     lines = [f"recovery of {n_types} cell types by k-means (mean of {n_restarts} starts)   ARI   NMI"]
     for name, space in spaces.items():
         scores = []

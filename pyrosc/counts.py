@@ -35,9 +35,9 @@ class Nonzeros(NamedTuple):
     mask : (G,) bool or None, genes that were measured; the others say nothing
     """
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]
     gene: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
     mask: Tensor | None = None
 
 
@@ -97,9 +97,7 @@ class CountMatrix:
         return sum(t.numel() * t.element_size() for t in (self.indptr, self.indices, self.data))
 
     def to(self, device: torch.device | str) -> CountMatrix:
-        return CountMatrix(
-            self.indptr.to(device), self.indices.to(device), self.data.to(device), self.n_genes
-        )
+        return CountMatrix(self.indptr.to(device), self.indices.to(device), self.data.to(device), self.n_genes)
 
     def _entries(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(position in ``data``, row in the block, lengths) of every entry of these rows, in order."""
@@ -107,9 +105,7 @@ class CountMatrix:
         length = self.indptr[rows + 1] - start
         end = length.cumsum(0)
         total = int(end[-1]) if len(rows) else 0
-        row = torch.repeat_interleave(
-            torch.arange(len(rows), device=rows.device), length, output_size=total
-        )
+        row = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), length, output_size=total)
         at = torch.arange(total, device=rows.device) + (start - (end - length))[row]
         return at, row, length
 
@@ -240,7 +236,9 @@ def _dtype_of(matrix: Any, where: str) -> np.dtype:
     if kind in remedies:
         raise TypeError(f"{where} is a {kind} array, which is not read here. {remedies[kind]}")
     if getattr(matrix, "format", "csr") not in ("csr", "csc"):
-        raise TypeError(f'{where} is a sparse matrix in "{matrix.format}" format; convert it: {where} = {where}.tocsr()')
+        raise TypeError(
+            f'{where} is a sparse matrix in "{matrix.format}" format; convert it: {where} = {where}.tocsr()'
+        )
     dtype = getattr(matrix, "dtype", None)
     if dtype is None or getattr(matrix, "ndim", 2) != 2:
         raise TypeError(f"{where} must be a matrix (cells x genes) of counts, not {type(matrix).__name__}")
@@ -257,7 +255,9 @@ def _canonical(matrix: Any, where: str) -> sparse.csr_matrix:
     """CSR with sorted rows, no duplicates, and data of its own (sums are taken in a wide type)."""
     if matrix.format == "csc":
         size = matrix.nnz * (matrix.dtype.itemsize + matrix.indices.itemsize)
-        require_memory(size, f"a copy of {where} by rows (it is stored by columns)", f"Store it by rows: {where}.tocsr()")
+        require_memory(
+            size, f"a copy of {where} by rows (it is stored by columns)", f"Store it by rows: {where}.tocsr()"
+        )
         logger.info("%s is stored by columns; a private copy by rows takes %.1f MB", where, size / 1e6)
     wide = np.float64 if matrix.dtype.kind == "f" else np.int64
     shared = type(matrix)((matrix.data, matrix.indices, matrix.indptr), shape=matrix.shape, copy=False)
@@ -271,9 +271,7 @@ def _canonical(matrix: Any, where: str) -> sparse.csr_matrix:
     return csr
 
 
-def _from_rows(
-    matrix: Any, where: str, cells: Sequence[Any], genes: Sequence[Any], remedy: str
-) -> sparse.csr_matrix:
+def _from_rows(matrix: Any, where: str, cells: Sequence[Any], genes: Sequence[Any], remedy: str) -> sparse.csr_matrix:
     """CSR of a dense or backed matrix, read and checked in blocks of rows."""
     n, g = matrix.shape
     step = max(1, _BLOCK // max(g, 1))
@@ -285,7 +283,11 @@ def _from_rows(
             continue
         rows = np.ascontiguousarray(rows)
         rows = rows.astype(rows.dtype.newbyteorder("="), copy=False)
-        _check(rows.reshape(-1), where, remedy, lambda k, at=start: (cells[at + k // g], genes[k % g]), of=n * g)
+
+        def place(k: int, at: int = start) -> tuple[Any, Any]:
+            return cells[at + k // g], genes[k % g]
+
+        _check(rows.reshape(-1), where, remedy, place, of=n * g)
         # Checked first: a float16 or complex detour inside scipy would hide what was there.
         parts.append(sparse.csr_matrix(rows if rows.dtype != np.float16 else rows.astype(np.float32)))
     return sparse.vstack(parts, format="csr") if parts else sparse.csr_matrix((n, g))
@@ -333,6 +335,6 @@ def _check(
     )
     what = " and ".join(f"{n:,} {kind}" for kind, n in bad.items())
     raise ValueError(
-        f'{where} must hold whole numbers >= 0, but of {of or len(values):,} values looked at {what} '
+        f"{where} must hold whole numbers >= 0, but of {of or len(values):,} values looked at {what} "
         f'(first: {values[first]}, cell "{cell}", gene "{gene}"). {cause} {remedy}'
     )

@@ -24,7 +24,7 @@ Within 1e-3 nats an entry of the exact value for dispersion 1e-3 to 1e8 and mean
 from __future__ import annotations
 
 from functools import reduce
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -96,6 +96,11 @@ class _Block:
     inverse : (..., G), 1 / (1 + mean / dispersion); the slope of log p(0) in the mean is minus it
     value, by_mean, by_dispersion : (m,), log density and its slopes at the non-zero counts
     """
+
+    inverse: Tensor
+    value: Tensor
+    by_mean: Tensor
+    by_dispersion: Tensor
 
     def __init__(self, mean: Tensor, dispersion: Tensor, found: Nonzeros, slopes: bool) -> None:
         self.dispersion = dispersion
@@ -221,9 +226,7 @@ class _LogZINB(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, mean: Tensor, dispersion: Tensor, gate: Tensor, found: Nonzeros, summed: bool
-    ) -> Tensor:
+    def forward(ctx: Any, mean: Tensor, dispersion: Tensor, gate: Tensor, found: Nonzeros, summed: bool) -> Tensor:
         to_mean, to_dispersion, to_gate, *_ = ctx.needs_input_grad
         slopes = to_mean or to_dispersion or to_gate
         block = _Block(mean, dispersion, found, slopes)
@@ -238,7 +241,7 @@ class _LogZINB(torch.autograd.Function):
             if to_gate:
                 chance = gate.sigmoid()
                 by_gate = _put((1.0 - chance) - counted, found, -_pick(chance, found))
-            if to_dispersion:
+            if zero_slope is not None:
                 by_dispersion = _put(zero_slope.mul_(counted), found, block.by_dispersion)
             if to_mean:
                 by_mean = _put(block.inverse.neg_().mul_(counted), found, block.by_mean)
@@ -410,7 +413,7 @@ class NegativeBinomial(_Counts):
     tensor(7.5000)
     """
 
-    arg_constraints = {"mean": constraints.nonnegative, "dispersion": constraints.positive}
+    arg_constraints: ClassVar[dict[str, Any]] = {"mean": constraints.nonnegative, "dispersion": constraints.positive}
     _names = ("mean", "dispersion")
 
     def __init__(
@@ -444,9 +447,9 @@ class NegativeBinomial(_Counts):
     def _apply(self, *args: Any) -> Tensor:
         return _LogNB.apply(*args)
 
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: Any = ()) -> Tensor:
         """Counts by way of a gamma rate; rates are clamped at 1e8."""
-        shape = self._extended_shape(sample_shape)
+        shape = self._extended_shape(torch.Size(sample_shape))
         with torch.no_grad():
             dispersion = self._full("dispersion", shape)
             rate = torch._standard_gamma(dispersion.contiguous()) * (self._full("mean", shape) / dispersion)
@@ -475,7 +478,7 @@ class ZeroInflatedNegativeBinomial(_Counts):
     Precision, ranges and errors as for `NegativeBinomial`.
     """
 
-    arg_constraints = {
+    arg_constraints: ClassVar[dict[str, Any]] = {
         "mean": constraints.nonnegative,
         "dispersion": constraints.positive,
         "gate_logits": constraints.less_than(float("inf")),
@@ -521,9 +524,9 @@ class ZeroInflatedNegativeBinomial(_Counts):
     def _apply(self, *args: Any) -> Tensor:
         return _LogZINB.apply(*args)
 
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: Any = ()) -> Tensor:
         """Counts, or an extra zero where the gate closes."""
-        shape = self._extended_shape(sample_shape)
+        shape = self._extended_shape(torch.Size(sample_shape))
         counts = NegativeBinomial(self._mean, self._dispersion, validate_args=False).expand(shape).sample()
         with torch.no_grad():
             extra = torch.bernoulli(torch.sigmoid(self._full("gate_logits", shape)))
@@ -548,7 +551,7 @@ class Poisson(_Counts):
     Precision, ranges and errors as for `NegativeBinomial`.
     """
 
-    arg_constraints = {"mean": constraints.nonnegative}
+    arg_constraints: ClassVar[dict[str, Any]] = {"mean": constraints.nonnegative}
     _names = ("mean",)
 
     def __init__(
@@ -573,10 +576,10 @@ class Poisson(_Counts):
     def _apply(self, *args: Any) -> Tensor:
         return _LogPoisson.apply(*args)
 
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: Any = ()) -> Tensor:
         """Counts; rates are clamped at 1e8."""
         with torch.no_grad():
-            return torch.poisson(self._full("mean", self._extended_shape(sample_shape)).clamp(max=_MOST))
+            return torch.poisson(self._full("mean", self._extended_shape(torch.Size(sample_shape))).clamp(max=_MOST))
 
     def cdf(self, value: Tensor) -> Tensor:
         """Probability of at most ``value``, without gradient."""

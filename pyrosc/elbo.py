@@ -1,6 +1,6 @@
 """The evidence lower bound of each cell, and the weight of its KL terms in training.
 
-    ELBO = E_q[log p(x | latents)] - sum over latent sites of KL(q || p)
+ELBO = E_q[log p(x | latents)] - sum over latent sites of KL(q || p)
 """
 
 from __future__ import annotations
@@ -57,19 +57,21 @@ def elbo_terms(program: Program, cells: Cells) -> Terms:
     Each is as of one cell: plate scales do not enter.
     """
     guide, model = program.traces(cells)
+    drawn: dict[str, Any] = guide.nodes
+    nodes: dict[str, Any] = model.nodes
     terms = Terms(cells.library.new_zeros(len(cells)))
-    for name, site in model.nodes.items():
+    for name, site in nodes.items():
         if site["type"] != "sample" or site_is_subsample(site) or is_computed(site):
             continue
         if site["is_observed"]:
             terms.reconstruction = terms.reconstruction + site["fn"].log_prob(site["value"])
         elif _in_cells(site):
-            terms.local_kl[name] = kl(guide.nodes[name], site)
+            terms.local_kl[name] = kl(drawn[name], site)
         else:
-            terms.global_kl[name] = kl(guide.nodes[name], site).sum()
+            terms.global_kl[name] = kl(drawn[name], site).sum()
     if "z" in terms.local_kl:
         try:
-            terms.z_mean = guide.nodes["z"]["fn"].mean
+            terms.z_mean = drawn["z"]["fn"].mean
         except NotImplementedError:
             pass
     return terms
@@ -105,5 +107,3 @@ class KLWeight(Messenger):
                 terms[name] = term.mean() if _in_cells(model_site) else term.sum() / total
         self._sites = {}
         return terms
-
-

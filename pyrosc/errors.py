@@ -1,5 +1,7 @@
 """What pyrosc raises and warns with, beyond Python's own ValueError and TypeError."""
 
+from typing import Any
+
 
 class ProgramError(ValueError):
     """The parts of a program, or its model and its guide, disagree."""
@@ -14,7 +16,7 @@ class FitError(RuntimeError):
         The last good state, with ``settings["state"] == "failed"``.
     """
 
-    fit = None
+    fit: Any = None
 
 
 class PyroscWarning(UserWarning):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import pyro
 from torch import Tensor, nn
@@ -28,4 +29,5 @@ class GivenLibrary(Part):
             raise ProgramError("GivenLibrary needs size factors: Cells.from_anndata(adata, size_factor=...)")
 
     def forward(self, cells: Cells) -> Tensor:
-        return pyro.deterministic("library", cells.size_factor, event_dim=1)
+        given: Any = cells.size_factor  # there, as build() saw to
+        return pyro.deterministic("library", given, event_dim=1)

@@ -57,7 +57,9 @@ class ZINBLikelihood(Part):
         if hasattr(self, "gate_logits"):
             gate = self.gate_logits
         elif hidden is None:
-            raise ProgramError("the story's decoder has a hidden layer, but does not pass it on: likelihood(..., hidden)")
+            raise ProgramError(
+                "the story's decoder has a hidden layer, but does not pass it on: likelihood(..., hidden)"
+            )
         else:
             gate = self.gate(hidden)
         return ZeroInflatedNegativeBinomial(mean, _needed(dispersion, "ZINBLikelihood"), gate).to_event(1)

@@ -6,6 +6,7 @@ All take leading dimensions (draws, enumeration) before the cells: inputs are (.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -166,7 +167,7 @@ class Decoder(Part):
         self.out = nn.Linear(a["n_hidden"], schema.n_genes)
 
     def start(self, cells: Cells) -> None:
-        depth = cells.library if self.is_share else cells.size_factor
+        depth: Any = cells.library if self.is_share else cells.size_factor
         # A tenth of a count keeps the logs of genes that are never seen finite.
         profile = (cells.gene_sums().counts + 0.1) / depth.double().sum()
         bias = profile.log() if self.is_share else profile.expm1().log()

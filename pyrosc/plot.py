@@ -78,7 +78,7 @@ def latent(z: Any, color: Any = None, ax: Axes | None = None, *, title: str = ""
     for i, level in enumerate(levels):
         here = names == level if level is not None else slice(None)
         shade = f"C{i}" if len(levels) <= 10 else None
-        ax.scatter(*flat[here].T, s=9, lw=0, color=shade, label=level)
+        ax.scatter(flat[here, 0], flat[here, 1], s=9, lw=0, color=shade, label=level)
     name = "t-SNE" if by_tsne else "PC" if z.shape[1] > 2 else "z"
     ax.set(xlabel=f"{name} 1", ylabel=f"{name} 2", xticks=[], yticks=[], title=title)
     if color is not None and len(levels) <= 30:

@@ -102,7 +102,9 @@ class Fit:
             for block in blocks(cells):
                 trace = poutine.trace(self.program.guide).get_trace(block)
                 if "z" not in trace.nodes:
-                    raise ProgramError(f'the guide of {self.program.story} draws no "z"; it draws {listed(_drawn(trace))}')
+                    raise ProgramError(
+                        f'the guide of {self.program.story} draws no "z"; it draws {listed(_drawn(trace))}'
+                    )
                 yield trace.nodes["z"]["fn"]
 
     def expression(
@@ -268,7 +270,10 @@ class Fit:
         """
         if adata.is_view or adata.isbacked:
             kind = "a view" if adata.is_view else "backed by a file"
-            raise ValueError(f"adata is {kind}; write to an object in memory: adata = adata.{'copy' if adata.is_view else 'to_memory'}()")
+            raise ValueError(
+                f"adata is {kind}; write to an object in memory: "
+                f"adata = adata.{'copy' if adata.is_view else 'to_memory'}()"
+            )
         if not key or "/" in key:
             raise ValueError(f'key must be a name without "/", not {key!r}')
         places = [("obsm", key), ("obsm", f"{key}_sd"), ("uns", key)]
@@ -314,7 +319,9 @@ class Fit:
         if known and known["cells"] == len(cells):
             now = cells.fingerprint()
             if now["names"] == known["names"] and now["counts"] != known["counts"]:
-                self._warn("these cells have the names of the training cells but other counts: was the data edited since?")
+                self._warn(
+                    "these cells have the names of the training cells but other counts: was the data edited since?"
+                )
         if self.settings.get("kl_weight", 1.0) < 1:
             self._warn(
                 f"this fit ended at KL weight {self.settings['kl_weight']:.2f}, before its warm-up was over: "
@@ -329,7 +336,7 @@ class Fit:
         if genes is None:
             return None, list(self.schema.genes)
         names = [genes] if isinstance(genes, str) else [str(g) for g in genes]
-        at = pd.Index(self.schema.genes).get_indexer(names)
+        at = pd.Index(self.schema.genes).get_indexer(pd.Index(names))
         if (at < 0).any():
             wrong = [g for g, i in zip(names, at) if i < 0]
             raise ValueError(f"genes {listed(wrong)} are not in this fit." + did_you_mean(wrong[0], self.schema.genes))
@@ -347,7 +354,13 @@ class Fit:
         return [(cells, cells.do(**dict(zip(do, levels)))) for levels in itertools.product(*choices)]
 
     def _draws_of(
-        self, site: str, worlds: list[tuple[Cells, Cells]], n_draws: int, seed: int, at: np.ndarray | None, changed: bool
+        self,
+        site: str,
+        worlds: list[tuple[Cells, Cells]],
+        n_draws: int,
+        seed: int,
+        at: np.ndarray | None,
+        changed: bool,
     ) -> Iterator[Tensor]:
         """(S, n, genes) draws of a site, averaged over worlds, block by block of cells."""
         chosen = None if at is None else torch.as_tensor(at, device=self.device)
@@ -356,14 +369,20 @@ class Fit:
         with self.program.driven(checked_seed(seed)), torch.no_grad():
             for block, *decoded in zip(blocks(seen, n_draws * 2), *others):
                 vectorised = not self._has_globals(self.program, block)
-                total: Tensor | None = None
+                total: Any = None
                 guide = _draw(self.program, block, n_draws) if vectorised else None
-                loop = None if vectorised else [poutine.trace(self.program.guide).get_trace(block) for _ in range(n_draws)]
+                loop = (
+                    [] if vectorised else [poutine.trace(self.program.guide).get_trace(block) for _ in range(n_draws)]
+                )
                 for other in decoded:
                     if guide is not None:
-                        value = self._value(site, _follow(self.program, guide, other, n_draws), n_draws, len(block), changed)
+                        value = self._value(
+                            site, _follow(self.program, guide, other, n_draws), n_draws, len(block), changed
+                        )
                     else:
-                        each = [poutine.trace(poutine.replay(self.program.model, trace=g)).get_trace(other) for g in loop]
+                        each = [
+                            poutine.trace(poutine.replay(self.program.model, trace=g)).get_trace(other) for g in loop
+                        ]
                         value = torch.cat([self._value(site, m, 1, len(block), changed) for m in each])
                     value = value if chosen is None else value.index_select(-1, chosen)
                     total = value if total is None else total + value
@@ -374,7 +393,7 @@ class Fit:
             raise ProgramError(
                 f'{self.program.story} has no site "{site}", which this needs. Its sites: {listed(_drawn(trace), 20)}'
             )
-        node = trace.nodes[site]
+        node: Any = trace.nodes[site]
         value = node["value"]
         if not any(f.name == "cells" for f in node["cond_indep_stack"]):
             if changed:
@@ -384,9 +403,7 @@ class Fit:
 
     def _has_globals(self, program: Program, block: Cells) -> bool:
         trace = poutine.trace(program.guide).get_trace(block)
-        return any(
-            not any(f.name == "cells" for f in trace.nodes[name]["cond_indep_stack"]) for name in _drawn(trace)
-        )
+        return any(not any(f.name == "cells" for f in trace.nodes[name]["cond_indep_stack"]) for name in _drawn(trace))
 
 
 def _whole(name: str, value: Any, least: int) -> int:
@@ -447,7 +464,7 @@ def _log_weight(guide: poutine.Trace, model: poutine.Trace, block: Cells) -> Ten
     weight = block.library.new_zeros(1, len(block))
     for trace, sign in ((model, 1.0), (guide, -1.0)):
         for name in _drawn(trace):
-            site = trace.nodes[name]
+            site: Any = trace.nodes[name]
             if not is_computed(site):
                 weight = weight + sign * site["fn"].log_prob(site["value"])
     return weight

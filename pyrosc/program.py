@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import constraints
@@ -62,6 +61,8 @@ class Program(nn.Module):
         If parts are missing, unknown to model and guide, or do not fit together.
     """
 
+    started: Tensor
+
     def __init__(
         self,
         model: Callable[..., None],
@@ -96,7 +97,9 @@ class Program(nn.Module):
                 raise ProgramError(f'part "{name}" must be an nn.Module, not {type(part).__name__}: {part!r}')
         absent = [name for name, needed in wanted.items() if needed and name not in parts]
         if absent:
-            raise ProgramError(f"{self.story} asks for {listed(absent)}, not given. Given: {listed(parts) or 'nothing'}.")
+            raise ProgramError(
+                f"{self.story} asks for {listed(absent)}, not given. Given: {listed(parts) or 'nothing'}."
+            )
 
     def _assemble(self, parts: Mapping[str, nn.Module], new: set[str]) -> None:
         """Take copies of parts, settle the sizes they share, and build the new ones."""
@@ -118,8 +121,8 @@ class Program(nn.Module):
     @property
     def story(self) -> str:
         """Name of the model: of its function, or of its file where that is just "model"."""
-        name = self._story.__name__
-        return self._story.__module__.rsplit(".", 1)[-1] if name == "model" else name
+        name, file = self._story.__name__, self._story.__module__.rsplit(".", 1)[-1]
+        return file if name == "model" and not file.startswith("__") else name
 
     @property
     def functions(self) -> tuple[Callable[..., None], Callable[..., None]]:
@@ -152,6 +155,7 @@ class Program(nn.Module):
         """
         if self._quiet or not poutine.runtime.am_i_wrapped():
             return
+        parameter: Any
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 parameter.unconstrained = lambda p=parameter: p
@@ -196,7 +200,7 @@ class Program(nn.Module):
         new = copy.copy(self)
         new.__dict__ = dict(self.__dict__)
         new._modules = dict(self._modules)
-        new._buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
+        new._buffers = {name: None if buffer is None else buffer.clone() for name, buffer in self._buffers.items()}
         new.parts = Parts()
         for name, part in self.parts.items():
             new.parts[name] = copy.deepcopy(part)
@@ -219,7 +223,9 @@ class Program(nn.Module):
 
     # ---- looking at it ----------------------------------------------------------------------
 
-    def generate(self, cells: Cells | int, *, fixed: Mapping[str, Tensor] | None = None, seed: int = 0) -> dict[str, Tensor]:
+    def generate(
+        self, cells: Cells | int, *, fixed: Mapping[str, Tensor] | None = None, seed: int = 0
+    ) -> dict[str, Tensor]:
         """Draw from the story itself, from the prior to the counts.
 
         Parameters
@@ -235,10 +241,13 @@ class Program(nn.Module):
         """
         blank = Cells.blank(self.schema, cells, seed=seed) if isinstance(cells, int) else cells.without_counts()
         with self.driven(seed), torch.no_grad():
-            trace = poutine.trace(poutine.condition(self.model, data=dict(fixed or {}))).get_trace(blank.to(self.device))
+            trace = poutine.trace(poutine.condition(self.model, data=dict(fixed or {}))).get_trace(
+                blank.to(self.device)
+            )
+        nodes: dict[str, Any] = trace.nodes
         return {
             name: site["value"].cpu()
-            for name, site in trace.nodes.items()
+            for name, site in nodes.items()
             if site["type"] == "sample" and not _is_subsample(site)
         }
 
@@ -290,8 +299,9 @@ class Program(nn.Module):
         with self.driven(self.seed), torch.no_grad():
             guide, model = self.traces(blank)
             relations = get_model_relations(self.model, (blank,))
+        nodes: dict[str, Any] = model.nodes
         rows = [("site", "plate", "batch | event", "law", "guide", "KL")]
-        for name, site in model.nodes.items():
+        for name, site in nodes.items():
             if site["type"] != "sample" or _is_subsample(site):
                 continue
             in_plate = any(f.name == "cells" for f in site["cond_indep_stack"])
@@ -337,7 +347,9 @@ def _wanted_parts(function: Callable[..., None]) -> dict[str, bool]:
         inspect.Parameter.POSITIONAL_ONLY,
         inspect.Parameter.POSITIONAL_OR_KEYWORD,
     ):
-        raise ProgramError(f"{function.__name__} must take the cells first: def {function.__name__}(cells, *, prior, ...)")
+        raise ProgramError(
+            f"{function.__name__} must take the cells first: def {function.__name__}(cells, *, prior, ...)"
+        )
     kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return {p.name: p.default is inspect.Parameter.empty for p in parameters[1:] if p.kind in kinds}
 
@@ -347,7 +359,12 @@ def _is_subsample(site: Any) -> bool:
 
 
 def _base(fn: Any) -> Any:
-    while hasattr(fn, "base_dist") and type(fn).__name__ in ("Independent", "_PerCell", "MaskedDistribution", "ExpandedDistribution"):
+    while hasattr(fn, "base_dist") and type(fn).__name__ in (
+        "Independent",
+        "_PerCell",
+        "MaskedDistribution",
+        "ExpandedDistribution",
+    ):
         fn = fn.base_dist
     return fn
 
@@ -378,24 +395,27 @@ def _check_sites(guide: poutine.Trace, model: poutine.Trace, cells: Cells) -> No
         }
 
     drawn, wanted = latent(guide), latent(model)
-    in_model = [n for n, s in model.nodes.items() if s["type"] == "sample" and not _is_subsample(s)]
+    nodes: dict[str, Any] = model.nodes
+    in_model = [n for n, s in nodes.items() if s["type"] == "sample" and not _is_subsample(s)]
     for name in drawn:
         if name not in wanted:
             raise ProgramError(
-                f'the guide draws "{name}" but the model does not. Model: {", ".join(in_model)}. Guide: {", ".join(drawn)}. '
+                f'the guide draws "{name}" but the model does not. '
+                f"Model: {', '.join(in_model)}. Guide: {', '.join(drawn)}. "
                 f"Rename it in the guide, or remove it.{did_you_mean(name, set(wanted) - set(drawn))}"
             )
     for name in wanted:
         if name not in drawn:
             raise ProgramError(
                 f'the model draws "{name}" but the guide does not. Model: {", ".join(in_model)}. '
-                f'Guide: {", ".join(drawn) or "nothing"}. Draw it in the guide as well.'
+                f"Guide: {', '.join(drawn) or 'nothing'}. Draw it in the guide as well."
             )
     for name, site in wanted.items():
         q, p = drawn[name]["fn"], site["fn"]
         if q.event_shape != p.event_shape:
             raise ProgramError(
-                f'site "{name}": the guide draws events of shape {tuple(q.event_shape)}, the model of {tuple(p.event_shape)}'
+                f'site "{name}": the guide draws events of shape {tuple(q.event_shape)}, '
+                f"the model of {tuple(p.event_shape)}"
             )
         wide, narrow = _reach(q.support), _reach(p.support)
         if wide == "all reals" and narrow not in ("all reals", ""):
@@ -406,15 +426,16 @@ def _check_sites(guide: poutine.Trace, model: poutine.Trace, cells: Cells) -> No
         plates = [sorted(f.name for f in s["cond_indep_stack"]) for s in (drawn[name], site)]
         if plates[0] != plates[1]:
             raise ProgramError(f'site "{name}": the guide draws it in plates {plates[0]}, the model in {plates[1]}')
-    for name, site in model.nodes.items():
+    for name, site in nodes.items():
         if site["type"] == "sample" and site["is_observed"] and not is_computed(site) and not _is_subsample(site):
             here, seen = tuple(site["fn"].shape()), tuple(site["value"].shape)
             if here != seen and site["fn"].event_dim and here[-1:] != seen[-1:]:
-                alike = [n for n, s in model.nodes.items() if n != name and s["type"] == "sample"
+                alike = [n for n, s in nodes.items() if n != name and s["type"] == "sample"
                          and not _is_subsample(s) and s["fn"].event_shape[-1:] == here[-1:]]  # fmt: skip
                 raise ProgramError(
-                    f'site "{name}": the story gives {here[-1]:,} genes, the data have {seen[-1]:,}. Sites of that width: '
-                    f"{listed(alike) or 'none'}; check the sizes of their priors.\nShapes:\n{model.format_shapes()}"
+                    f'site "{name}": the story gives {here[-1]:,} genes, the data have {seen[-1]:,}. '
+                    f"Sites of that width: {listed(alike) or 'none'}; check the sizes of their priors.\n"
+                    f"Shapes:\n{model.format_shapes()}"
                 )
 
 

@@ -146,7 +146,10 @@ class Schema:
         """The schema that ``to_json`` wrote."""
 
         def factor(d: dict[str, Any] | None) -> Factor | None:
-            return d and Factor(**{k: tuple(v) if isinstance(v, list) else v for k, v in d.items()})
+            if not d:
+                return None
+            fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()}
+            return Factor(**fields)
 
         held = {k: tuple(v) if isinstance(v, list) else v for k, v in held.items()}
         for role in ROLES:
@@ -163,9 +166,7 @@ def plain(value: Any) -> Any:
 
 
 def _kind(levels: list[Any], column: str) -> str:
-    kinds = {
-        "truth" if isinstance(v, bool) else "number" if isinstance(v, (int, float)) else "text" for v in levels
-    }
+    kinds = {"truth" if isinstance(v, bool) else "number" if isinstance(v, (int, float)) else "text" for v in levels}
     if len(kinds) > 1:
         raise ValueError(
             f'obs["{column}"] mixes {" and ".join(sorted(kinds))} values ({listed(levels)}). '
@@ -205,8 +206,9 @@ def factor_of(obs: pd.DataFrame, name: str, role: str, unlabeled: Any, notes: li
     elif missing.any():
         raise ValueError(
             f'obs["{name}"] ({role}) is missing for {missing.sum():,} of {len(obs):,} cells '
-            f'(first: cell "{obs.index[missing.argmax()]}"). Give them a level of their own: adata.obs["{name}"] = '
-            f'adata.obs["{name}"].astype("category").cat.add_categories("unknown").fillna("unknown"), or leave them out.'
+            f'(first: cell "{obs.index[int(missing.argmax())]}"). Give them a level of their own: '
+            f'adata.obs["{name}"] = adata.obs["{name}"].astype("category").cat.add_categories("unknown")'
+            '.fillna("unknown"), or leave them out.'
         )
     seen = pd.unique(values[~missing])
     if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
@@ -233,7 +235,9 @@ def factor_of(obs: pd.DataFrame, name: str, role: str, unlabeled: Any, notes: li
     if rare and role in ("batch", "label") and len(levels) > 1:
         how = "a single cell" if role == "label" else "one or two cells"
         notes.append(f'obs["{name}"] ({role}): {how} in {listed(rare)}; what is said of them rests on little')
-    return Factor(name, tuple(levels), kind, tuple(int(n) for n in counts), unlabeled if role == "label" else None), codes
+    return Factor(
+        name, tuple(levels), kind, tuple(int(n) for n in counts), unlabeled if role == "label" else None
+    ), codes
 
 
 def recode(factor: Factor, column: pd.Series, role: str) -> np.ndarray:
@@ -292,7 +296,7 @@ def numbers_of(obs: pd.DataFrame, name: str, role: str) -> np.ndarray:
     if bad.any():
         raise ValueError(
             f'obs["{name}"] ({role}) is missing or not finite for {bad.sum():,} of {len(obs):,} cells (first: cell '
-            f'"{obs.index[bad.argmax()]}"). Fill it (adata.obs["{name}"].fillna(...)) or leave those cells out.'
+            f'"{obs.index[int(bad.argmax())]}"). Fill it (adata.obs["{name}"].fillna(...)) or leave those cells out.'
         )
     return values
 
@@ -318,7 +322,7 @@ def layout_notes(schema: Schema, codes: dict[str, np.ndarray]) -> list[str]:
                 where = [other.levels[j] for j in np.flatnonzero(table[split[0]])]
                 raise ValueError(
                     f'sample="{schema.sample.column}": {len(split)} of {len(schema.sample)} samples '
-                    f'({listed(schema.sample.levels[i] for i in split)}) occur in more than one level of '
+                    f"({listed(schema.sample.levels[i] for i in split)}) occur in more than one level of "
                     f'"{other.column}" ("{first}" in {listed(where)}). A sample is one specimen under one condition: '
                     f'make a column of both, adata.obs["sample"] = adata.obs["{schema.sample.column}"].astype(str) + '
                     f'"_" + adata.obs["{other.column}"].astype(str).'
@@ -353,5 +357,3 @@ def library_moments(library: np.ndarray, batch: np.ndarray, n_batches: int) -> d
         means.append(float(logs.mean()) if len(logs) else 0.0)
         sds.append(max(float(logs.std()), 0.01) if len(logs) else 1.0)
     return {"log_library_mean": tuple(means), "log_library_sd": tuple(sds)}
-
-

@@ -134,9 +134,10 @@ def _sites(program: Program) -> dict[str, list[int]]:
     blank = Cells.blank(program.schema, 2).to(program.device)
     with program.driven(0), torch.no_grad():
         trace = poutine.trace(program.model).get_trace(blank)
+    nodes: dict[str, Any] = trace.nodes
     return {
         name: list(site["fn"].event_shape)
-        for name, site in trace.nodes.items()
+        for name, site in nodes.items()
         if site["type"] == "sample" and not poutine.util.site_is_subsample(site)
     }
 
@@ -214,8 +215,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 from . import __version__
 
                 raise ValueError(
-                    f"{path.name} was written by pyrosc {held['versions']['pyrosc']} (format {held['format']}); this is "
-                    f"{__version__}, which reads up to format {FORMAT}. Install the newer one."
+                    f"{path.name} was written by pyrosc {held['versions']['pyrosc']} (format {held['format']}); "
+                    f"this is {__version__}, which reads up to format {FORMAT}. Install the newer one."
                 )
             return held, {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
@@ -253,7 +254,8 @@ def _functions(
         if function is None:
             raise ValueError(
                 f'{path.name} holds a story of your own, "{held["model"]["name"]}": '
-                f"pass the functions it was made with, load(path, model={held['model']['name']}, guide={held['guide']['name']})"
+                f"pass the functions it was made with, "
+                f"load(path, model={held['model']['name']}, guide={held['guide']['name']})"
             )
         if held[what]["source"] and _hash(function) and _hash(function) != held[what]["source"]:
             notes.append(f'the source of {what} "{name}" has changed since {path.name} was saved')
@@ -277,7 +279,7 @@ def _made(
         raise ValueError(f'{path.name} has a part "{held["part"]}" that this pyrosc does not know')
     if held["part"] == "Prior":
         prefix = f"parts.{name}."
-        numbers = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        numbers: dict[str, Any] = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         return Prior.from_arguments(**held["arguments"], **numbers)
     return PARTS[held["part"]](**held["arguments"])
 

@@ -110,7 +110,7 @@ def fit(
     raises. The same seed, machine and thread count give the same weights bit for bit.
     """
     if unknown:
-        known = [k for k in fit.__kwdefaults__]
+        known = list(fit.__kwdefaults__ or ())
         name = next(iter(unknown))
         raise TypeError(f"fit() has no argument {name!r}." + did_you_mean(name, known))
     if not isinstance(program, Program):
@@ -128,9 +128,10 @@ def fit(
         epochs = default_epochs(len(train), batch_size)
     if weight_decay is None:
         weight_decay = _PRIOR_PRECISION / len(train)
+    held: Any = validation
     given = {
         "epochs": epochs, "batch_size": batch_size, "lr": lr, "schedule": schedule, "warmup": warmup,
-        "validation": validation if validation is None or np.ndim(validation) == 0 else [int(i) for i in validation],
+        "validation": held if held is None or np.ndim(held) == 0 else [int(i) for i in held],
         "patience": patience, "weight_decay": weight_decay, "clip_norm": clip_norm, "seed": seed,
     }  # fmt: skip
     run = _Run(program.copy().to(place), train.to(place), None if held_out is None else held_out.to(place), given)
@@ -181,7 +182,9 @@ def _check_arguments(
     if schedule not in ("cosine", "constant"):
         raise ValueError(f'schedule must be "cosine" or "constant", not {schedule!r}')
     if not 0 <= warmup < 1:
-        raise ValueError(f"warmup must be in [0, 1), a fraction of the steps, not {warmup!r}; it always ends at weight 1")
+        raise ValueError(
+            f"warmup must be in [0, 1), a fraction of the steps, not {warmup!r}; it always ends at weight 1"
+        )
     if weight_decay is not None and not (weight_decay >= 0 and math.isfinite(weight_decay)):
         raise ValueError(f"weight_decay must be >= 0, not {weight_decay!r}")
     if not clip_norm > 0:
@@ -264,7 +267,9 @@ class _Run:
         """Start values, one validated run, and an estimate of what the fit will take."""
         self.program.start(self.train)
         self.good = self._weights()
-        first = self.train.rows(torch.arange(min(len(self.train), self.given["batch_size"]), device=self.train.device), whole=False)
+        first = self.train.rows(
+            torch.arange(min(len(self.train), self.given["batch_size"]), device=self.train.device), whole=False
+        )
         self.program.check(first)
         n_weights = sum(p.numel() for p in self.program.parameters())
         # Weights, gradients, two moments, best and last good copy; some 12 dense arrays of a step.
@@ -273,7 +278,7 @@ class _Run:
         if self.train.device.type == "cpu":
             require_memory(memory, "training", "Lower batch_size, or choose fewer genes.")
         began = time.perf_counter()
-        for attempt in range(2):  # the first is slower: buffers are made
+        for _ in range(2):  # the first is slower: buffers are made
             began = time.perf_counter()
             self.loss(first).backward()
             self.kl.kl_terms(1)
@@ -300,7 +305,10 @@ class _Run:
         text = f"fit (about {estimate['seconds']:.0f} s, {estimate['memory_gb']:.2f} GB)"
         began = time.perf_counter()
         since_best = 0
-        with _interrupts() as interrupted, tqdm(total=given["epochs"], desc=text, unit="epoch", disable=not progress) as bar:
+        with (
+            _interrupts() as interrupted,
+            tqdm(total=given["epochs"], desc=text, unit="epoch", disable=not progress) as bar,
+        ):
             for epoch in range(1, given["epochs"] + 1):
                 row = self._epoch(epoch, optimizer, parameters, order, interrupted)
                 self.seconds = time.perf_counter() - began
@@ -312,7 +320,9 @@ class _Run:
                     self.good, self.best_epoch, self.best_elbo, since_best = self._weights(), epoch, score, 0
                 else:
                     since_best += 1
-                bar.set_postfix({"elbo": f"{row.get('validation_elbo', row['train_elbo']):.1f}", "kl": f"{self.weight:.2f}"})
+                bar.set_postfix(
+                    {"elbo": f"{row.get('validation_elbo', row['train_elbo']):.1f}", "kl": f"{self.weight:.2f}"}
+                )
                 bar.update()
                 if interrupted.is_set():
                     self.state = "interrupted"
@@ -323,7 +333,12 @@ class _Run:
         self.state = "finished"
 
     def _epoch(
-        self, epoch: int, optimizer: ClippedAdam, parameters: list[Tensor], order: torch.Generator, interrupted: threading.Event
+        self,
+        epoch: int,
+        optimizer: ClippedAdam,
+        parameters: Sequence[Tensor],
+        order: torch.Generator,
+        interrupted: threading.Event,
     ) -> dict[str, float]:
         given = self.given
         sums: dict[str, Tensor] = {}
@@ -379,20 +394,23 @@ class _Run:
         looked: dict[str, float] = {}
         if self.held_out is not None:
             looked["validation_elbo"] = float(torch.cat(local).mean()) - shared / len(self.train)
-        if all(c is not None for c in centres) and len(cells) > 1:
-            self.spread = torch.cat(centres).var(0)
+        known = [c for c in centres if c is not None]
+        if len(known) == len(centres) and len(cells) > 1:
+            self.spread = torch.cat(known).var(0)
             looked["active_units"] = int((self.spread > _DEAD).sum())
         return looked
 
     @staticmethod
-    def _gradient_is_finite(parameters: list[Tensor]) -> bool:
+    def _gradient_is_finite(parameters: Sequence[Tensor]) -> bool:
         gradients = [p.grad for p in parameters if p.grad is not None]
         return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
 
     # ---- when it goes wrong -------------------------------------------------------------------
 
     def _failure(self, batch: Cells, what: str) -> FitError:
-        failure = FitError(f"{what}. {self._culprit(batch)} Lower lr (now {self.given['lr']:g}), or look at these cells.")
+        failure = FitError(
+            f"{what}. {self._culprit(batch)} Lower lr (now {self.given['lr']:g}), or look at these cells."
+        )
         failure.fit = self.result("failed")
         return failure
 
@@ -404,7 +422,8 @@ class _Run:
         with torch.no_grad(), pyro.validation_enabled(False):
             guide, model = self.program.traces(batch)
         for trace in (guide, model):
-            for name, site in trace.nodes.items():
+            nodes: dict[str, Any] = trace.nodes
+            for name, site in nodes.items():
                 if site["type"] != "sample" or name == "cells" or (site["is_observed"] and is_computed(site)):
                     continue
                 fn = getattr(site["fn"], "base_dist", site["fn"])
@@ -482,18 +501,22 @@ def _remarks(result: Fit, run: _Run) -> None:
     if spread is not None and bool((spread <= _DEAD).any()) and result.settings["kl_weight"] == 1:
         dead = [str(i) for i in torch.nonzero(spread <= _DEAD).flatten().tolist()]
         if len(dead) == len(spread):
-            notes.append("posterior collapse: the latent state does not vary over cells. Train longer or with a larger warmup")
+            notes.append(
+                "posterior collapse: the latent state does not vary over cells. Train longer or with a larger warmup"
+            )
         else:
             notes.append(
-                f"{len(dead)} of {len(spread)} latent dimensions are unused ({', '.join(dead)}): the data ask for fewer. "
-                "The answers stand; n_latent could be smaller"
+                f"{len(dead)} of {len(spread)} latent dimensions are unused ({', '.join(dead)}): "
+                "the data ask for fewer. The answers stand; n_latent could be smaller"
             )
     if run.state == "finished" and "validation_elbo" in result.history:
         at_one = result.history.loc[result.history["kl_weight"] == 1, "validation_elbo"].to_numpy()
         last = at_one[-max(3, len(at_one) // 10) :]
         gain = (last[-1] - last[0]) / max(len(last) - 1, 1)
         if len(last) >= 3 and gain > 1e-3 * abs(last[-1]):
-            notes.append(f"the held-out ELBO was still rising by {gain:.2f} nats a cell and epoch at the end: more epochs=")
+            notes.append(
+                f"the held-out ELBO was still rising by {gain:.2f} nats a cell and epoch at the end: more epochs="
+            )
     if result.settings["kl_weight"] < 1:
         notes.append(f"the fit ended at KL weight {result.settings['kl_weight']:.2f}: it is not yet a posterior")
     if run.skipped:

@@ -14,12 +14,13 @@ from pyrosc import Cells, PyroscWarning, Schema
 
 from .conftest import small
 
-
 # ---- columns -----------------------------------------------------------------------------------
 
 
 def test_a_missing_column_lists_those_there_and_the_nearest(adata):  # row 41
-    with pytest.raises(ValueError, match='no column "doner".*"age", "cell_type", "condition", "donor".*Did you mean "donor"'):
+    with pytest.raises(
+        ValueError, match='no column "doner".*"age", "cell_type", "condition", "donor".*Did you mean "donor"'
+    ):
         Cells.from_anndata(adata, batch="doner")
 
 
@@ -278,7 +279,9 @@ def test_missing_genes_are_listed(adata, known):  # row 102
 
 
 def test_extra_genes_are_left_out(adata, known):  # row 103
-    more = anndata.concat([adata, anndata.AnnData(np.ones((120, 2)), obs=adata.obs[[]], var=pd.DataFrame(index=["x1", "x2"]))], axis=1)
+    more = anndata.concat(
+        [adata, anndata.AnnData(np.ones((120, 2)), obs=adata.obs[[]], var=pd.DataFrame(index=["x1", "x2"]))], axis=1
+    )
     more.obs = adata.obs
 
     assert torch.equal(Cells.align(more, known.schema).x, known.x)
@@ -305,7 +308,9 @@ def test_names_of_another_kind_are_explained(adata, here, fit, cause):  # row 10
 def test_an_unseen_batch_is_refused_with_the_options(adata, known):  # row 105
     adata.obs.loc["c4", "donor"] = "d9"
 
-    with pytest.raises(ValueError, match='levels that training did not: "d9" for 1 of 120.*nearest.*average.*fit again'):
+    with pytest.raises(
+        ValueError, match='levels that training did not: "d9" for 1 of 120.*nearest.*average.*fit again'
+    ):
         Cells.align(adata, known.schema)
 
 

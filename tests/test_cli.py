@@ -85,7 +85,9 @@ def test_normalised_counts_are_refused_from_a_real_shell(tmp_path):
     adata.X = np.log1p(adata.X.toarray())
     adata.write_h5ad(tmp_path / "log.h5ad")
 
-    done = subprocess.run([sys.executable, "-m", "pyrosc", "fit", "log.h5ad"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "pyrosc", "fit", "log.h5ad"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
 
     assert done.returncode == 2
     assert done.stderr.startswith("pyrosc: error: adata.X must hold whole numbers >= 0")

@@ -162,7 +162,11 @@ def test_any_numeric_type_gives_the_same_counts(adata, dtype, form):  # rows 19,
         pytest.importorskip("scipy")
         x = sparse.csr_matrix(adata.X)
         x.data = x.data.astype(dtype)
-        x = x if form is sparse.csr_matrix else form((x.tocsc().data.astype(dtype), x.tocsc().indices, x.tocsc().indptr), shape=x.shape)
+        x = (
+            x
+            if form is sparse.csr_matrix
+            else form((x.tocsc().data.astype(dtype), x.tocsc().indices, x.tocsc().indptr), shape=x.shape)
+        )
     else:
         x = form(adata.X.toarray().astype(dtype))
 

@@ -21,7 +21,9 @@ def exact_nb(x, mean, dispersion):
     """log density in 40 digits of the numbers that float32 holds."""
     x, m, d = mpmath.mpf(float(x)), mpmath.mpf(float(mean)), mpmath.mpf(float(dispersion))
     log_mean = x * mpmath.log(m / (d + m)) if x else 0
-    return float(mpmath.loggamma(x + d) - mpmath.loggamma(d) - mpmath.loggamma(x + 1) - d * mpmath.log1p(m / d) + log_mean)
+    return float(
+        mpmath.loggamma(x + d) - mpmath.loggamma(d) - mpmath.loggamma(x + 1) - d * mpmath.log1p(m / d) + log_mean
+    )
 
 
 def grid():
@@ -125,7 +127,10 @@ def test_all_three_equal_pyros_classes_in_float64(gate_shape):
     logits = mean.log() - size.log()
     pairs = [
         (NegativeBinomial(mean, size), dist.NegativeBinomial(size, logits=logits)),
-        (ZeroInflatedNegativeBinomial(mean, size, gate), dist.ZeroInflatedNegativeBinomial(size, logits=logits, gate_logits=gate)),
+        (
+            ZeroInflatedNegativeBinomial(mean, size, gate),
+            dist.ZeroInflatedNegativeBinomial(size, logits=logits, gate_logits=gate),
+        ),
         (Poisson(mean), dist.Poisson(mean)),
     ]
     for ours, theirs in pairs:
@@ -208,7 +213,10 @@ def test_zinb_gradients_are_finite_over_the_whole_range_in_float32():
 def test_carried_entries_give_the_same_as_searching(n, g, density, seed, law):
     draw = torch.Generator().manual_seed(seed)
     mean = torch.rand(n, g, generator=draw, dtype=torch.float64) * 20 + 0.1
-    size, gate = torch.rand(g, generator=draw, dtype=torch.float64) + 0.1, torch.randn(g, generator=draw, dtype=torch.float64)
+    size, gate = (
+        torch.rand(g, generator=draw, dtype=torch.float64) + 0.1,
+        torch.randn(g, generator=draw, dtype=torch.float64),
+    )
     x = torch.poisson(mean, generator=draw) * (torch.rand(n, g, generator=draw) < density)
     carried = carry(x.clone(), nonzeros(x))
 
@@ -254,7 +262,8 @@ def test_a_transposed_mean_is_no_trouble():
     x = torch.poisson(mean)
 
     torch.testing.assert_close(
-        NegativeBinomial(mean, torch.ones(7)).log_prob(x), NegativeBinomial(mean.contiguous(), torch.ones(7)).log_prob(x)
+        NegativeBinomial(mean, torch.ones(7)).log_prob(x),
+        NegativeBinomial(mean.contiguous(), torch.ones(7)).log_prob(x),
     )
 
 
@@ -284,11 +293,15 @@ def test_cdf_is_scipys():
     x = torch.tensor([-1.0, 0.0, 0.5, 3.0, 50.0], dtype=torch.float64)
     m, d = torch.tensor(7.0, dtype=torch.float64), torch.tensor(2.5, dtype=torch.float64)
 
-    torch.testing.assert_close(NegativeBinomial(m, d, validate_args=False).cdf(x), torch.tensor(stats.nbinom.cdf(x, 2.5, 2.5 / 9.5)))
+    torch.testing.assert_close(
+        NegativeBinomial(m, d, validate_args=False).cdf(x), torch.tensor(stats.nbinom.cdf(x, 2.5, 2.5 / 9.5))
+    )
     torch.testing.assert_close(Poisson(m, validate_args=False).cdf(x), torch.tensor(stats.poisson.cdf(x, 7.0)))
     extra = torch.sigmoid(torch.tensor(0.3, dtype=torch.float64))
     zinb = ZeroInflatedNegativeBinomial(m, d, torch.tensor(0.3, dtype=torch.float64), validate_args=False).cdf(x)
-    torch.testing.assert_close(zinb, torch.where(x < 0, 0, extra + (1 - extra) * torch.tensor(stats.nbinom.cdf(x, 2.5, 2.5 / 9.5))))
+    torch.testing.assert_close(
+        zinb, torch.where(x < 0, 0, extra + (1 - extra) * torch.tensor(stats.nbinom.cdf(x, 2.5, 2.5 / 9.5)))
+    )
 
 
 def test_logs_may_be_given_instead():

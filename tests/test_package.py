@@ -4,7 +4,6 @@ import ast
 import re
 import subprocess
 import sys
-
 from importlib import metadata
 from pathlib import Path
 
@@ -31,20 +30,23 @@ def imported(source):
 
 
 def test_import_brings_no_heavy_packages():
-    code = "import sys, torch, pyro, anndata; before = set(sys.modules); import pyrosc; print(*set(sys.modules) - before)"
+    code = (
+        "import sys, torch, pyro, anndata; before = set(sys.modules); import pyrosc; print(*set(sys.modules) - before)"
+    )
     new = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
 
     heavy = {"scanpy", "matplotlib", "sklearn", "seaborn", "numba", "umap", "psutil", "graphviz"}
     assert not heavy & {name.split(".")[0] for name in new}
 
 
-
-
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_nothing_pickles_or_swallows_errors(source):
     text = source.read_text()
 
-    assert not re.search(r"\b(pickle|dill|joblib|cloudpickle)\b\.|import (pickle|dill)|torch\.(save|load)\(|\beval\(|\bexec\(", re.sub(r"\.eval\(\)", "", text))
+    assert not re.search(
+        r"\b(pickle|dill|joblib|cloudpickle)\b\.|import (pickle|dill)|torch\.(save|load)\(|\beval\(|\bexec\(",
+        re.sub(r"\.eval\(\)", "", text),
+    )
     assert "except Exception" not in text
     assert "except:" not in text
     for node in ast.walk(ast.parse(text)):
@@ -60,7 +62,16 @@ def test_only_public_modules_of_pyro_are_used():
 def test_no_global_setting_is_touched():
     for source in SOURCES:
         text = source.read_text()
-        for forbidden in ("clear_param_store", "pyro.param(", "pyro.module(", "settings.set(", "set_rng_seed", "np.random.seed", "torch.manual_seed", "enable_validation("):
+        for forbidden in (
+            "clear_param_store",
+            "pyro.param(",
+            "pyro.module(",
+            "settings.set(",
+            "set_rng_seed",
+            "np.random.seed",
+            "torch.manual_seed",
+            "enable_validation(",
+        ):
             assert forbidden not in text, f"{source.name}: {forbidden}"
 
 
@@ -86,5 +97,9 @@ def test_public_names_have_docstrings():
             continue
         assert thing.__doc__, name
         for method, value in vars(thing).items() if isinstance(thing, type) else ():
-            if not method.startswith("_") and callable(value) and method not in ("forward", "build", "start", "extra_repr", "at", "to"):
+            if (
+                not method.startswith("_")
+                and callable(value)
+                and method not in ("forward", "build", "start", "extra_repr", "at", "to")
+            ):
                 assert value.__doc__, f"{name}.{method}"

@@ -46,7 +46,10 @@ def test_answers_do_not_depend_on_the_other_cells(fit, cells, monkeypatch):
     whole, part = fit.expression(cells, n_draws=400), fit.expression(few, n_draws=400, interval=0.5)
     sd = part.xs("sd", axis=1, level=1).to_numpy()
     # two means over 400 draws: six standard errors of their difference, over 180 numbers
-    assert (np.abs(whole.loc[few.names].to_numpy() - part.xs("mean", axis=1, level=1).to_numpy()) < 6 * sd * (2 / 400) ** 0.5 + 1e-7).all()
+    assert (
+        np.abs(whole.loc[few.names].to_numpy() - part.xs("mean", axis=1, level=1).to_numpy())
+        < 6 * sd * (2 / 400) ** 0.5 + 1e-7
+    ).all()
 
     before = fit.latent(cells)
     monkeypatch.setattr("pyrosc.loading._BLOCK_VALUES", 500)  # eight cells at a time
@@ -79,11 +82,18 @@ def test_expression_is_the_mean_share_over_draws(fit, cells):
 
 def test_expression_of_chosen_genes_with_an_interval(fit, cells):
     table = fit.expression(cells[:6], ["gene7", "gene2"], n_draws=500, scale=1e4, interval=0.8)
-    draws = fit.program.parts["decoder"](torch.tensor(fit.latent(cells[:6], n_draws=500)), cells[:6])[0].detach()[..., [7, 2]] * 1e4
+    draws = (
+        fit.program.parts["decoder"](torch.tensor(fit.latent(cells[:6], n_draws=500)), cells[:6])[0].detach()[
+            ..., [7, 2]
+        ]
+        * 1e4
+    )
 
     assert list(table.columns.get_level_values(0).unique()) == ["gene7", "gene2"]
     assert (table["gene7"]["lower"] < table["gene7"]["mean"]).all()
-    inside = (draws >= torch.tensor(table.xs("lower", axis=1, level=1).to_numpy())) & (draws <= torch.tensor(table.xs("upper", axis=1, level=1).to_numpy()))
+    inside = (draws >= torch.tensor(table.xs("lower", axis=1, level=1).to_numpy())) & (
+        draws <= torch.tensor(table.xs("upper", axis=1, level=1).to_numpy())
+    )
     # other draws from the same law fall inside 80 % of the time: 6,000 of them, five errors, correlated by cell
     assert abs(inside.float().mean() - 0.8) < 0.04
 
@@ -123,12 +133,16 @@ def test_the_likelihood_is_right_where_it_is_known():
             return (z * weight).softmax(-1), None
 
     cells = Cells.from_counts([[5, 1, 2], [0, 7, 1], [2, 2, 2]])
-    program = pyrosc.scvi(cells, n_latent=1, n_hidden=4, decoder=Line(), dispersion=None, likelihood=PoissonLikelihood())
+    program = pyrosc.scvi(
+        cells, n_latent=1, n_hidden=4, decoder=Line(), dispersion=None, likelihood=PoissonLikelihood()
+    )
     fit = pyrosc.Fit(program, pd.DataFrame(), {"n_cells": 3, "state": "untrained", "best_epoch": 0})
     grid = torch.linspace(-8, 8, 4001, dtype=torch.float64).reshape(-1, 1, 1)
     rho = (grid * torch.tensor([0.5, -0.5, 0.2], dtype=torch.float64)).softmax(-1)
     x = cells.x.double()
-    joint = torch.distributions.Poisson(x.sum(-1, keepdim=True) * rho).log_prob(x).sum(-1) + dist.Normal(0.0, 1.0).log_prob(grid.squeeze(-1))
+    joint = torch.distributions.Poisson(x.sum(-1, keepdim=True) * rho).log_prob(x).sum(-1) + dist.Normal(
+        0.0, 1.0
+    ).log_prob(grid.squeeze(-1))
     exact = joint.logsumexp(0) + np.log(16 / 4000)
 
     found = fit.log_likelihood(cells, 20_000)
@@ -227,7 +241,9 @@ def test_a_global_rho_is_repeated_and_do_is_said_to_be_idle(cells):
         with cells.plate():
             pass
 
-    program = Program(model, cells, guide, profile=Prior(dist.Dirichlet, torch.ones(60)), likelihood=PoissonLikelihood())
+    program = Program(
+        model, cells, guide, profile=Prior(dist.Dirichlet, torch.ones(60)), likelihood=PoissonLikelihood()
+    )
     fit = pyrosc.Fit(program, pd.DataFrame(), {"n_cells": 1, "state": "finished", "best_epoch": 0})
 
     table = fit.expression(cells[:3], n_draws=4)

@@ -15,11 +15,20 @@ from pyro.optim import ClippedAdam
 from torch import nn
 
 import pyrosc
-from pyrosc import Cells, Decoder, Encoder, NBLikelihood, Part, PoissonLikelihood, Prior, Program, ProgramError, ZINBLikelihood
+from pyrosc import (
+    Cells,
+    Decoder,
+    Encoder,
+    NBLikelihood,
+    Part,
+    PoissonLikelihood,
+    Prior,
+    Program,
+    ProgramError,
+    ZINBLikelihood,
+)
 from pyrosc.elbo import elbo_terms
 from pyrosc.models import scvi as story
-
-
 
 
 @pytest.fixture
@@ -38,7 +47,9 @@ def test_the_sites_are_as_documented(cells):
     program = tiny(cells)
     _, trace = program.traces(cells)
     documented = re.findall(r"^    (\w+) : \((n, \w+)\), (.*)$", inspect.getdoc(story.model).split("Sites")[1], re.M)
-    documented = documented or re.findall(r"^(\w+) : \((n, \w+)\), (.*)$", inspect.getdoc(story.model).split("Sites")[1], re.M)
+    documented = documented or re.findall(
+        r"^(\w+) : \((n, \w+)\), (.*)$", inspect.getdoc(story.model).split("Sites")[1], re.M
+    )
     sizes = {"n": len(cells), "K": 3, "G": 30, "1": 1}
 
     drawn = [name for name, site in trace.nodes.items() if site["type"] == "sample" and name != "cells"]
@@ -61,7 +72,9 @@ def test_the_density_is_the_one_on_paper(cells):
     # written out by hand, without our parts
     parts = program.parts
     levels = torch.cat([nn.functional.one_hot(cells.codes[c], 2) for c in ("donor", "condition")], -1)
-    hidden = nn.functional.linear(torch.cat([z, levels], -1), parts["decoder"].layers[0].weight, parts["decoder"].layers[0].bias)
+    hidden = nn.functional.linear(
+        torch.cat([z, levels], -1), parts["decoder"].layers[0].weight, parts["decoder"].layers[0].bias
+    )
     norm = parts["decoder"].layers[1]
     hidden = (hidden - hidden.mean(-1, keepdim=True)) / (hidden.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
     hidden = torch.relu(hidden * norm.weight + norm.bias)
@@ -129,7 +142,9 @@ def test_given_size_factors_make_rho_a_rate(adata):
     program.start(cells)
     _, trace = program.traces(cells)
 
-    torch.testing.assert_close(trace.nodes["library"]["value"].squeeze(-1), torch.tensor(adata.obs["depth"].to_numpy()).float())
+    torch.testing.assert_close(
+        trace.nodes["library"]["value"].squeeze(-1), torch.tensor(adata.obs["depth"].to_numpy()).float()
+    )
     rho = trace.nodes["rho"]["value"]
     assert (rho.sum(-1) > 2).all()  # about ten counts per unit, not one
     assert float(program.parts["decoder"].out.bias.exp().log1p().sum()) == pytest.approx(10, rel=0.05)
@@ -224,7 +239,9 @@ def test_a_part_may_have_any_name(cells):
         def exp(self):
             return self.weight.exp()
 
-    program = Program(model, cells, guide, half=Prior(dist.Normal, 0.0, 1.0, size=2), values=Values(), type=PoissonLikelihood())
+    program = Program(
+        model, cells, guide, half=Prior(dist.Normal, 0.0, 1.0, size=2), values=Values(), type=PoissonLikelihood()
+    )
 
     assert set(program.parts) == {"half", "values", "type"}
     assert [n for n, _ in program.named_parameters()] == ["parts.values.weight"]
@@ -290,7 +307,9 @@ def test_a_site_of_the_guide_that_the_model_lacks_is_named(cells):
         with cells.plate():
             pyro.sample("depth", dist.LogNormal(torch.zeros(len(cells), 1), 1.0).to_event(1))
 
-    with pytest.raises(ProgramError, match='guide draws "depth" but the model does not. Model: library, x. Guide: depth'):
+    with pytest.raises(
+        ProgramError, match='guide draws "depth" but the model does not. Model: library, x. Guide: depth'
+    ):
         simple(cells, guide=guide).check(cells)
 
 
@@ -308,7 +327,9 @@ def test_a_guide_beyond_the_support_is_named(cells):
         with cells.plate():
             pyro.sample("library", dist.Normal(torch.full((len(cells), 1), 100.0), 0.1).to_event(1))
 
-    with pytest.raises(ProgramError, match=r'site "library": the guide \(Normal, all reals\).*Gamma, positive.*LogNormal'):
+    with pytest.raises(
+        ProgramError, match=r'site "library": the guide \(Normal, all reals\).*Gamma, positive.*LogNormal'
+    ):
         simple(cells, guide=guide).check(cells)
 
 
@@ -323,7 +344,9 @@ def test_a_site_of_the_wrong_width_is_named(cells):  # row 70 of the faults
         with cells.plate():
             pass
 
-    program = Program(model, cells, guide, profile=Prior(dist.Dirichlet, torch.ones(29)), likelihood=PoissonLikelihood())
+    program = Program(
+        model, cells, guide, profile=Prior(dist.Dirichlet, torch.ones(29)), likelihood=PoissonLikelihood()
+    )
 
     with pytest.raises(ProgramError, match='site "x": the story gives 29 genes, the data have 30.*"rho"'):
         program.check(cells)
@@ -367,7 +390,9 @@ def test_trace_condition_and_do_work(cells):
 
 def test_predictive_draws_counts(cells):
     program = tiny(cells)
-    predictive = Predictive(poutine.uncondition(program.model), guide=program.guide, num_samples=4, return_sites=["x", "rho"])
+    predictive = Predictive(
+        poutine.uncondition(program.model), guide=program.guide, num_samples=4, return_sites=["x", "rho"]
+    )
 
     drawn = predictive(cells)
 
@@ -485,5 +510,3 @@ def test_parts_of_ones_own_need_only_be_modules(cells):
     assert torch.isfinite(elbo_terms(program, cells).local).all()
     assert "Halves()" in program.describe()
     assert isinstance(program.parts["encoder"], Part)
-
-

@@ -79,7 +79,9 @@ def test_a_fit_comes_back_whole(fit, cells, tmp_path):
     ids=lambda p: "+".join(p),
 )
 def test_every_part_of_the_table_comes_back(cells, tmp_path, parts):
-    program = pyrosc.scvi(cells, n_latent=3, n_hidden=8).replace(**{k: v or pyrosc.NoDispersion() for k, v in parts.items()})
+    program = pyrosc.scvi(cells, n_latent=3, n_hidden=8).replace(
+        **{k: v or pyrosc.NoDispersion() for k, v in parts.items()}
+    )
     fit = quick(program, cells)
     fit.save(tmp_path / "a.safetensors")
 
@@ -153,7 +155,9 @@ def test_a_story_of_ones_own_is_handed_back_and_compared(cells, tmp_path):  # ro
     path = tmp_path / "a.safetensors"
     fit.save(path)
 
-    with pytest.raises(ValueError, match=r'story of your own, "own_model".*load\(path, model=own_model, guide=own_guide\)'):
+    with pytest.raises(
+        ValueError, match=r'story of your own, "own_model".*load\(path, model=own_model, guide=own_guide\)'
+    ):
         pyrosc.load(path, rate=Rate())
     again = pyrosc.load(path, model=own_model, guide=own_guide, rate=Rate())
     np.testing.assert_array_equal(again.elbo(cells[:9]), fit.elbo(cells[:9]))

@@ -114,7 +114,7 @@ def scvi(
         parts["dispersion"] = NoDispersion()
     encoder = parts.get("encoder")
     n_latent = getattr(encoder, "sizes", {}).get("n_latent", n_latent) if encoder is not None else n_latent
-    defaults: dict[str, nn.Module | None] = dict(
+    defaults: dict[str, Any] = dict(
         prior=Prior(dist.Normal, 0.0, 1.0),
         library=ObservedLibrary() if cells.schema.size_factor is None else GivenLibrary(),
         dispersion=GeneDispersion(),
