@@ -470,7 +470,7 @@ class Cells:
     def x(self) -> Tensor | None:
         """(N, G) counts as a dense tensor that carries its non-zero entries, or None without counts.
 
-        Of a whole data set it is made when first asked for, if it fits into memory.
+        Made when first asked for, if it fits into memory, and kept.
         """
         if self._x is None and self._counts is not None:
             rows = self._rows
@@ -532,7 +532,8 @@ class Cells:
         return new
 
     def running(self) -> Cells:
-        """The same cells for one run of a model or guide: they remember their plate."""
+        """The same cells for one run of a model or guide: they remember their plate, and share the dense counts."""
+        _ = self.x
         return self._copy(_running=True, _plate=None)
 
     def rows(self, rows: Tensor, *, whole: bool) -> Cells:

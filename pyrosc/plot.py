@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from .posterior import Fit
 
 
-def _axes(ax: Axes | None) -> Axes:
+def _axes(ax: Axes | None, width: float = 5.0) -> Axes:
     if ax is not None:
         return ax
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('pictures need matplotlib: pip install "pyrosc[plot]"') from error
-    return Figure(figsize=(5, 4), layout="constrained").subplots()
+    return Figure(figsize=(width, 4), layout="constrained").subplots()
 
 
 def history(fit: Fit, ax: Axes | None = None) -> Axes:
@@ -59,7 +59,7 @@ def latent(z: Any, color: Any = None, ax: Axes | None = None, *, title: str = ""
     -----
     A picture of neighbourhoods: distances between far groups mean nothing.
     """
-    ax = _axes(ax)
+    ax = _axes(ax, 5.0 if color is None else 7.0)
     try:
         from sklearn.decomposition import PCA
         from sklearn.manifold import TSNE

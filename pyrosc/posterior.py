@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import anndata
@@ -88,24 +88,24 @@ class Fit:
         """
         cells = self._ready(cells)
         n_draws = _whole("n_draws", n_draws, 0)
-        found = []
-        for law in self._laws_of_z(cells, seed):
-            found.append((law.sample((n_draws,)) if n_draws else _mean(law)).cpu())
+        found = self._of_z(cells, seed, lambda law: law.sample((n_draws,)) if n_draws else _mean(law))
         return torch.cat(found, -2).numpy()
 
     def latent_sd(self, cells: Cells | anndata.AnnData, *, seed: int = 0) -> np.ndarray:
         """(N, K) posterior standard deviations of ``z``: how sure the guide is."""
-        return torch.cat([_sd(law).cpu() for law in self._laws_of_z(self._ready(cells), seed)]).numpy()
+        return torch.cat(self._of_z(self._ready(cells), seed, _sd)).numpy()
 
-    def _laws_of_z(self, cells: Cells, seed: int) -> Iterator[Any]:
-        with self.program.driven(checked_seed(seed)), torch.no_grad():
-            for block in blocks(cells):
-                trace = poutine.trace(self.program.guide).get_trace(block)
-                if "z" not in trace.nodes:
-                    raise ProgramError(
-                        f'the guide of {self.program.story} draws no "z"; it draws {listed(_drawn(trace))}'
-                    )
-                yield trace.nodes["z"]["fn"]
+    def _of_z(self, cells: Cells, seed: int, answer: Callable[[Any], Tensor]) -> list[Tensor]:
+        """``answer`` to the guide's law of z, block by block."""
+
+        def ask(block: Cells) -> Tensor:
+            trace = poutine.trace(self.program.guide).get_trace(block)
+            if "z" not in trace.nodes:
+                raise ProgramError(f'the guide of {self.program.story} draws no "z"; it draws {listed(_drawn(trace))}')
+            site: Any = trace.nodes["z"]
+            return answer(site["fn"]).cpu()
+
+        return list(_by_block(self.program, [cells], 1, seed, ask))
 
     def expression(
         self,
@@ -156,14 +156,15 @@ class Fit:
             shares = shares * scale
             means.append(shares.mean(0).cpu())
             if interval is not None:
-                tail = torch.tensor([(1 - interval) / 2, (1 + interval) / 2], dtype=shares.dtype, device=shares.device)
-                low, high = torch.quantile(shares, tail, dim=0)
-                rest.append(torch.stack([shares.std(0, correction=min(1, n_draws - 1)), low, high], -1).cpu())
+                shares = shares.cpu()
+                ends = np.quantile(shares.numpy(), [(1 - interval) / 2, (1 + interval) / 2], axis=0)
+                sd = shares.std(0, correction=min(1, n_draws - 1))
+                rest.append(np.stack([sd.numpy(), *ends], -1))
         mean = torch.cat(means).numpy()
         if interval is None:
             table = pd.DataFrame(mean, index=cells.names, columns=names)
         else:
-            both = np.concatenate([mean[..., None], torch.cat(rest).numpy()], -1)
+            both = np.concatenate([mean[..., None], np.concatenate(rest)], -1)
             header = pd.MultiIndex.from_product([names, ["mean", "sd", "lower", "upper"]], names=["gene", None])
             table = pd.DataFrame(both.reshape(len(cells), -1), index=cells.names, columns=header)
         table.attrs["uncertainty"] = "z only"
@@ -175,13 +176,12 @@ class Fit:
 
         Local terms only; the KL of global sites, once for a data set, is in the history.
         """
-        cells = self._ready(cells)
-        found = []
-        with self.program.driven(checked_seed(seed)), torch.no_grad():
-            for block in blocks(cells):
-                terms = [elbo_terms(self.program, block).local for _ in range(_whole("n_draws", n_draws, 1))]
-                found.append(torch.stack(terms).mean(0).cpu())
-        return torch.cat(found).numpy()
+        n_draws = _whole("n_draws", n_draws, 1)
+
+        def ask(block: Cells) -> Tensor:
+            return torch.stack([elbo_terms(self.program, block).local for _ in range(n_draws)]).mean(0).cpu()
+
+        return torch.cat(list(_by_block(self.program, [self._ready(cells)], 1, seed, ask))).numpy()
 
     def log_likelihood(self, cells: Cells | anndata.AnnData, n_draws: int = 1000, *, seed: int = 0) -> np.ndarray:
         """(N,) importance-weighted log p(x) of each cell in nats, with the guide as proposal.
@@ -199,12 +199,14 @@ class Fit:
         n_draws = _whole("n_draws", n_draws, 1)
         cells = self._ready(cells).to(self.device, torch.float64)
         program = self.program.copy().double()
-        with program.driven(checked_seed(seed)), torch.no_grad():
-            for block in blocks(cells, n_draws * 2):
-                if self._has_globals(program, block):
-                    yield torch.cat([_log_weight(*program.traces(block), block) for _ in range(n_draws)]).cpu()
-                else:
-                    yield _log_weight(*_vectorised(program, block, block, n_draws), block).cpu()
+
+        def ask(block: Cells) -> Tensor:
+            if self._has_globals(program, block):
+                return torch.cat([_log_weight(*program.traces(block), block) for _ in range(n_draws)]).cpu()
+            guide = _draw(program, block, n_draws)
+            return _log_weight(guide, _follow(program, guide, block, n_draws), block).cpu()
+
+        return _by_block(program, [cells], n_draws * 2, seed, ask)
 
     def predictive(self, n_draws: int, return_sites: Sequence[str] | None = None) -> Predictive:
         """Pyro's own Predictive: latent sites from the guide, counts drawn anew.
@@ -364,29 +366,26 @@ class Fit:
     ) -> Iterator[Tensor]:
         """(S, n, genes) draws of a site, averaged over worlds, block by block of cells."""
         chosen = None if at is None else torch.as_tensor(at, device=self.device)
-        seen = worlds[0][0]
-        others = [blocks(decoded, n_draws * 2) for _, decoded in worlds]
-        with self.program.driven(checked_seed(seed)), torch.no_grad():
-            for block, *decoded in zip(blocks(seen, n_draws * 2), *others):
-                vectorised = not self._has_globals(self.program, block)
-                total: Any = None
-                guide = _draw(self.program, block, n_draws) if vectorised else None
-                loop = (
-                    [] if vectorised else [poutine.trace(self.program.guide).get_trace(block) for _ in range(n_draws)]
-                )
+        program = self.program
+
+        def ask(block: Cells, *decoded: Cells) -> Tensor:
+            total: Any = 0
+            if self._has_globals(program, block):
+                guides = [poutine.trace(program.guide).get_trace(block) for _ in range(n_draws)]
                 for other in decoded:
-                    if guide is not None:
-                        value = self._value(
-                            site, _follow(self.program, guide, other, n_draws), n_draws, len(block), changed
-                        )
-                    else:
-                        each = [
-                            poutine.trace(poutine.replay(self.program.model, trace=g)).get_trace(other) for g in loop
-                        ]
-                        value = torch.cat([self._value(site, m, 1, len(block), changed) for m in each])
-                    value = value if chosen is None else value.index_select(-1, chosen)
-                    total = value if total is None else total + value
-                yield total / len(worlds)
+                    each = [poutine.trace(poutine.replay(program.model, trace=g)).get_trace(other) for g in guides]
+                    values = torch.cat([self._value(site, trace, 1, len(block), changed) for trace in each])
+                    total = total + (values if chosen is None else values.index_select(-1, chosen))
+            else:
+                guide = _draw(program, block, n_draws)
+                for other in decoded:
+                    trace = _follow(program, guide, other, n_draws)
+                    values = self._value(site, trace, n_draws, len(block), changed)
+                    total = total + (values if chosen is None else values.index_select(-1, chosen))
+            return total / len(decoded)
+
+        together = [worlds[0][0], *(decoded for _, decoded in worlds)]
+        return _by_block(program, together, n_draws * 2, seed, ask)
 
     def _value(self, site: str, trace: poutine.Trace, n_draws: int, n_cells: int, changed: bool) -> Tensor:
         if site not in trace.nodes:
@@ -454,9 +453,20 @@ def _follow(program: Program, guide: poutine.Trace, block: Cells, n_draws: int) 
     return poutine.trace(poutine.replay(model, trace=guide)).get_trace(block)
 
 
-def _vectorised(program: Program, seen: Cells, decoded: Cells, n_draws: int) -> tuple[poutine.Trace, poutine.Trace]:
-    guide = _draw(program, seen, n_draws)
-    return guide, _follow(program, guide, decoded, n_draws)
+def _by_block(
+    program: Program, together: list[Cells], per_cell: int, seed: int, ask: Callable[..., Tensor]
+) -> Iterator[Tensor]:
+    """Answers for blocks of cells, each from a seed of its own; between them the world is as it was."""
+    seed = checked_seed(seed)
+
+    def answers() -> Iterator[Tensor]:
+        for i, block in enumerate(zip(*(blocks(cells, per_cell) for cells in together))):
+            mixed = seed if i == 0 else int(np.random.SeedSequence([seed, i]).generate_state(1)[0])
+            with program.driven(mixed), torch.no_grad():
+                answer = ask(*block)
+            yield answer
+
+    return answers()
 
 
 def _log_weight(guide: poutine.Trace, model: poutine.Trace, block: Cells) -> Tensor:

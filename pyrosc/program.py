@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -61,8 +62,6 @@ class Program(nn.Module):
         If parts are missing, unknown to model and guide, or do not fit together.
     """
 
-    started: Tensor
-
     def __init__(
         self,
         model: Callable[..., None],
@@ -81,9 +80,9 @@ class Program(nn.Module):
         self._wanted = {f: _wanted_parts(f) for f in (model, guide)}
         self._check_names(parts)
         self.parts = Parts()
-        self.register_buffer("started", torch.tensor(False))
         self._quiet = False
-        self._assemble(parts, new=set(parts))
+        self.unstarted: set[str] = set()
+        self._assemble(parts)
         self.eval()
 
     def _check_names(self, parts: Mapping[str, nn.Module]) -> None:
@@ -101,8 +100,8 @@ class Program(nn.Module):
                 f"{self.story} asks for {listed(absent)}, not given. Given: {listed(parts) or 'nothing'}."
             )
 
-    def _assemble(self, parts: Mapping[str, nn.Module], new: set[str]) -> None:
-        """Take copies of parts, settle the sizes they share, and build the new ones."""
+    def _assemble(self, parts: Mapping[str, nn.Module]) -> None:
+        """Take copies of parts, settle the sizes they share, and build those that were not built for these cells."""
         for name, part in parts.items():
             self.parts[name] = copy.deepcopy(part)
         sizes: dict[str, int] = {"n_genes": self.schema.n_genes}
@@ -112,11 +111,16 @@ class Program(nn.Module):
                 if sizes.setdefault(size, value) != value:
                     raise ProgramError(f'{size} is {sizes[size]} in part "{said[size]}" and {value} in part "{name}"')
                 said[size] = name
+        built_for = f"{zlib.crc32(repr((self.schema, sorted(sizes.items()))).encode()):08x}"
         with isolated(self.seed):
-            for name in sorted(new):
-                build = getattr(self.parts[name], "build", None)
-                if build is not None:
+            for name in sorted(parts):
+                part = self.parts[name]
+                build = getattr(part, "build", None)
+                # A trained part of another Program over the same genes and columns keeps its weights.
+                if build is not None and getattr(part, "built_for", None) != built_for:
                     build(self.schema, sizes, dict(self.parts.items()))
+                    part.built_for = built_for  # type: ignore[assignment]
+                    self.unstarted.add(name)
 
     @property
     def story(self) -> str:
@@ -190,10 +194,8 @@ class Program(nn.Module):
         kept = dict(self.parts.items())
         self._check_names(kept | parts)
         new = self.copy()
-        new._assemble(parts, new=set(parts))
-        if parts:
-            new.started.fill_(False)
-        return new.eval()
+        new._assemble(parts)
+        return new.to(self.device).eval()
 
     def copy(self) -> Program:
         """An independent Program with the same parts and weights."""
@@ -205,6 +207,7 @@ class Program(nn.Module):
         for name, part in self.parts.items():
             new.parts[name] = copy.deepcopy(part)
         new._quiet = False
+        new.unstarted = set(self.unstarted)
         return new
 
     @property
@@ -212,14 +215,12 @@ class Program(nn.Module):
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
     def start(self, cells: Cells) -> None:
-        """Set values that parts take from data (``part.start``), if that was not done before."""
-        if bool(self.started):
-            return
-        for part in self.parts.values():
-            start = getattr(part, "start", None)
+        """Set values that new parts take from data (``part.start``); once for each part."""
+        for name in sorted(self.unstarted):
+            start = getattr(self.parts[name], "start", None)
             if start is not None:
                 start(cells)
-        self.started.fill_(True)
+        self.unstarted.clear()
 
     # ---- looking at it ----------------------------------------------------------------------
 

@@ -294,3 +294,4 @@ def _fill(program: Program, tensors: dict[str, Tensor], path: Path) -> None:
                 "Make it as it was for the fit."
             )
     program.load_state_dict(tensors)
+    program.unstarted.clear()

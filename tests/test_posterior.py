@@ -335,3 +335,19 @@ def test_write_wants_an_object_in_memory(fitted, fit, tmp_path):  # rows 112, 11
         fit.write(anndata.read_h5ad(tmp_path / "a.h5ad", backed="r"))
     with pytest.raises(ValueError, match='without "/"'):
         fit.write(fitted[0].copy(), key="a/b")
+
+
+def test_between_blocks_of_weights_the_world_is_as_it_was(fit, cells, monkeypatch):
+    monkeypatch.setattr("pyrosc.loading._BLOCK_VALUES", 60 * 2 * 10 * 4)  # four cells at a time
+    state = torch.get_rng_state()
+    weights = fit.log_weights(cells[:12], 10)
+
+    first = next(weights)
+    assert torch.equal(torch.get_rng_state(), state)
+    fit.latent(cells[:3])  # other questions may come between
+    rest = list(weights)
+
+    assert first.shape == (10, 4)
+    again = list(fit.log_weights(cells[:12], 10))
+    assert all(torch.equal(a, b) for a, b in zip([first, *rest], again))
+    assert not torch.equal(again[0], again[1])

@@ -510,3 +510,26 @@ def test_parts_of_ones_own_need_only_be_modules(cells):
     assert torch.isfinite(elbo_terms(program, cells).local).all()
     assert "Halves()" in program.describe()
     assert isinstance(program.parts["encoder"], Part)
+
+
+def test_only_new_parts_are_started_from_data(cells):
+    program = tiny(cells)
+    program.start(cells)
+    with torch.no_grad():
+        program.parts["decoder"].out.bias.add_(1.0)
+    moved = program.parts["decoder"].out.bias.clone()
+
+    other = program.replace(dispersion=pyrosc.GeneDispersion())
+    other.start(cells)
+
+    assert torch.equal(other.parts["decoder"].out.bias, moved)
+    torch.testing.assert_close(other.parts["dispersion"](), program.parts["dispersion"]())
+
+
+def test_a_trained_part_keeps_its_weights_in_another_program_over_the_same_data(cells):
+    one = tiny(cells, seed=1)
+    other = tiny(cells, seed=2, decoder=one.parts["decoder"])
+    elsewhere = pyrosc.scvi(Cells.from_counts(cells.x[:, :20]), n_latent=3, n_hidden=8, decoder=one.parts["decoder"])
+
+    assert torch.equal(other.parts["decoder"].out.weight, one.parts["decoder"].out.weight)
+    assert elsewhere.parts["decoder"].out.weight.shape == (20, 8)
