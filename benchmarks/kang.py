@@ -37,7 +37,6 @@ from typing import Any
 ARMS = ("pyrosc", "scvi default", "scvi early")
 SPLITS = (0, 1, 2)
 EXTRA_FITS = (3, 4)  # more fits of split 0, for clustering only
-LR = 5e-3
 
 
 def prepare(path: str) -> Any:
@@ -148,6 +147,8 @@ def fit_scvi(
     import scvi
     import torch
 
+    import pyrosc
+
     scvi.settings.seed = seed
     scvi.settings.verbosity = 40
     keep = np.sort(np.concatenate([at["train"], at["validation"]]))
@@ -156,7 +157,8 @@ def fit_scvi(
     model = scvi.model.SCVI(seen, gene_likelihood="nb")
     inside = np.isin(keep, at["validation"])
     indices = [np.flatnonzero(~inside), np.flatnonzero(inside)]
-    options: dict[str, Any] = {"early_stopping": True, "plan_kwargs": {"lr": LR}} if early else {}
+    lr = pyrosc.fit.__kwdefaults__["lr"] if early else 1e-3
+    options: dict[str, Any] = {"early_stopping": True, "plan_kwargs": {"lr": lr}} if early else {}
     best = keep_best()
     began = time.perf_counter()
     model.train(
@@ -184,7 +186,7 @@ def fit_scvi(
     facts = {
         "epochs": len(history),
         "best_epoch": int(np.asarray(history, dtype=float).argmin()) + 1,
-        "lr": LR if early else 1e-3,
+        "lr": lr,
     }
     return encode, decode, seconds, facts
 
@@ -312,7 +314,9 @@ def main() -> None:
         )
         return
     given.out.mkdir(parents=True, exist_ok=True)
-    results: list[dict[str, Any]] = []
+    # Arms that are not run now are kept from the last run in this folder.
+    held = json.loads((given.out / "kang.json").read_text())["results"] if (given.out / "kang.json").exists() else []
+    results: list[dict[str, Any]] = [r for r in held if r["arm"] not in given.arms]
     with tempfile.TemporaryDirectory() as folder:
         data = str(Path(folder) / "kang.h5ad")
         prepare(given.file).write_h5ad(data)

@@ -1,5 +1,7 @@
 """Pyro probabilistic programs for single-cell counts."""
 
+from typing import Any
+
 from .cells import Cells
 from .dispersions import GeneDispersion, NoDispersion
 from .errors import FitError, ProgramError, PyroscWarning
@@ -47,3 +49,14 @@ __all__ = [  # noqa: RUF022
     "FitError",
     "PyroscWarning",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``pyrosc.plot`` when it is asked for (it wants matplotlib); else an error with what there is."""
+    if name == "plot":
+        import importlib
+
+        return importlib.import_module(".plot", __name__)
+    from .schema import did_you_mean, listed
+
+    raise AttributeError(f'pyrosc has no "{name}".{did_you_mean(name, __all__)} There are: {listed(__all__, 40)}.')

@@ -15,6 +15,7 @@ import copy
 import warnings
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import anndata
@@ -46,11 +47,11 @@ _MANY_GENES = 10_000
 
 
 class GeneSums(NamedTuple):
-    """Sums over cells, (G,): of counts, of their squares, and of counts times library."""
+    """Sums over cells, (G,): of counts, of their squares, and of counts times depth."""
 
     counts: Tensor
     squares: Tensor
-    by_library: Tensor
+    by_depth: Tensor
 
 
 class Cells:
@@ -154,7 +155,12 @@ class Cells:
         away afterwards.
         """
         if not isinstance(adata, anndata.AnnData):
-            raise TypeError(f"expected an AnnData, not {type(adata).__name__}; for a matrix use Cells.from_counts")
+            remedy = (
+                "read it first, anndata.read_h5ad(path)"
+                if isinstance(adata, (str, Path))
+                else "for a matrix use Cells.from_counts"
+            )
+            raise TypeError(f"expected an AnnData, not {type(adata).__name__}; {remedy}")
         notes: list[str] = []
         check_names(adata, notes)
         counts = read_layer(adata, layer, notes)
@@ -165,7 +171,7 @@ class Cells:
         if len(names) > _MANY_GENES:
             remedy = (
                 'Select some first (scanpy.pp.highly_variable_genes, then genes="highly_variable"); '
-                "to keep depth from all genes, pass their total as size_factor="
+                "to keep depth from all genes, pass their total as size_factor= (rho is then a rate)"
             )
             notes.append(
                 f"{len(names):,} genes: each layer of 128 that meets them holds {128 * len(names):,} weights, "
@@ -182,7 +188,7 @@ class Cells:
                 + (" on the chosen genes" if genes is not None else "")
                 + "."
             )
-        unseen = len(names) - len(torch.unique(counts.indices))
+        unseen = int((counts.seen() == 0).sum())
         if unseen:
             notes.append(f"{unseen:,} of {len(names):,} genes are never seen here; what is said of them is the prior")
         cells = cls._with_columns(
@@ -366,7 +372,6 @@ class Cells:
             if data.schema is schema or data.schema == schema:
                 return data
             obs, counts, genes = data._decoded_obs(), data._own_counts(), np.asarray(data.schema.genes)
-            layer = data.schema.layer
         elif isinstance(data, anndata.AnnData):
             check_names(data, notes)
             layer = schema.layer
@@ -376,6 +381,12 @@ class Cells:
         place, mask = places(genes, schema.genes, missing, notes)
         aligned = counts.select(place)
         library = aligned.totals().numpy()
+        if isinstance(data, Cells):
+            if len(genes) == schema.n_genes and mask is None:  # the same genes: a library that was kept stays
+                library = data.library.squeeze(-1).double().cpu().numpy()
+            if data.gene_mask is not None:
+                measured = (place >= 0) & data.gene_mask.cpu().numpy()[place]
+                mask = measured if mask is None else mask & measured
         empty = np.flatnonzero(library == 0)
         if len(empty):
             notes.append(
@@ -385,13 +396,13 @@ class Cells:
         codes = {}
         for name, factor in schema.factors.items():
             role = next((r for r in ROLES if getattr(schema, r) is factor), "categorical")
-            if role == "label" and name not in obs.columns:
+            if role in ("label", "sample") and name not in obs.columns:
                 codes[name] = np.full(len(obs), -1, dtype=np.int64)
                 continue
             codes[name] = recode(factor, known_column(obs, name, role, factor.levels), role)
         values = {c.column: (numbers_of(obs, c.column, "continuous") - c.mean) / c.sd for c in schema.continuous}
         factors = numbers_of(obs, schema.size_factor, "size_factor") if schema.size_factor else None
-        _say([n for n in notes if "genes are never seen" not in n])
+        _say(notes)
         return cls._hold(schema, aligned, library, codes, values, factors, obs, mask)
 
     def _decoded_obs(self) -> pd.DataFrame:
@@ -462,6 +473,11 @@ class Cells:
         return self._code("sample")
 
     @property
+    def depth(self) -> Tensor:
+        """(N, 1) what multiplies rho: the given size factor, else the library."""
+        return self.library if self.size_factor is None else self.size_factor
+
+    @property
     def has_counts(self) -> bool:
         """Whether there are counts to observe; if not, a story draws them."""
         return self._counts is not None or self._x is not None
@@ -504,11 +520,12 @@ class Cells:
     def gene_sums(self) -> GeneSums:
         """Per gene, (G,) float64: sums over these cells that starting values are made from."""
         held = self._own_counts()
-        row = torch.repeat_interleave(torch.arange(len(held)), held.indptr.diff(), output_size=held.nnz)
-        gene, count = held.indices.long(), held.data.double()
-        depth = self.library.squeeze(-1).double().cpu()[row]
-        terms = count, count**2, depth * count
-        sums = (torch.zeros(self.n_genes, dtype=torch.float64).index_add_(0, gene, t) for t in terms)
+        depth = self.depth.squeeze(-1).double().cpu()
+        sums = [torch.zeros(self.n_genes, dtype=torch.float64) for _ in GeneSums._fields]
+        for row, gene, count in held.pieces():
+            gene, count = gene.long(), count.double()
+            for total, term in zip(sums, (count, count**2, depth[row] * count)):
+                total.index_add_(0, gene, term)
         return GeneSums(*(t.to(self.device) for t in sums))
 
     def plate(self) -> Any:

@@ -24,23 +24,28 @@ from .models.scvi import scvi
 from .posterior import Fit
 from .training import fit
 
+_MANY_CELLS = 5_000
+_INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
+_said: set[str] = set()
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status."""
     given = _parser().parse_args(arguments)
     with warnings.catch_warnings():
         warnings.simplefilter("always", PyroscWarning)
+        _said.clear()
         warnings.showwarning = _remark
         try:
-            given.command(given)
+            return given.command(given)
         except (ValueError, TypeError, OSError, ImportError, FitError) as error:
             print(f"pyrosc: error: {error}", file=sys.stderr)
             return 2
-    return 0
 
 
 def _remark(message: Any, category: Any, *_: Any, **__: Any) -> None:
-    if issubclass(category, PyroscWarning):
+    if issubclass(category, PyroscWarning) and str(message) not in _said:
+        _said.add(str(message))
         print(f"note: {message}", file=sys.stderr)
 
 
@@ -79,32 +84,32 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _demo(given: argparse.Namespace) -> None:
+def _demo(given: argparse.Namespace) -> int:
     adata = pbmc()
     print(f"{adata.n_obs} blood cells x {adata.n_vars} genes, {adata.obs['cell_type'].nunique()} cell types\n")
     cells = Cells.from_anndata(adata, label="cell_type")
-    _run(given, adata, cells, n_latent=10, gene="CD79A" if "CD79A" in adata.var_names else None, key="X_scvi")
+    return _run(given, adata, cells, n_latent=10, gene="CD79A" if "CD79A" in adata.var_names else None, key="X_scvi")
 
 
-def _fit(given: argparse.Namespace) -> None:
+def _fit(given: argparse.Namespace) -> int:
     path = Path(given.file)
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     try:
         adata = anndata.read_h5ad(path)
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} could not be read as h5ad: {error}") from error
     cells = Cells.from_anndata(
         adata, layer=given.layer, batch=given.batch, label=given.label, genes=given.genes,
         categorical=given.categorical, continuous=given.continuous,
     )  # fmt: skip
-    _run(given, adata, cells, n_latent=given.latent, gene=given.gene, key="X_scvi")
+    return _run(given, adata, cells, n_latent=given.latent, gene=given.gene, key="X_scvi")
 
 
 def _run(
     given: argparse.Namespace, adata: anndata.AnnData, cells: Cells, *, n_latent: int, gene: str | None, key: str
-) -> None:
-    """Train scVI, say what was found, and write it."""
+) -> int:
+    """Train scVI, say what was found, and write it; the exit status."""
     out: Path = given.out
     files = {name: out / name for name in ("fit.safetensors", "cells.h5ad", "training.png", "latent.png")}
     taken = [str(f) for f in files.values() if f.exists()]
@@ -117,13 +122,13 @@ def _run(
     out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     result = fit(program, cells, epochs=given.epochs, seed=given.seed, device=given.device, progress=not given.quiet)
+    result.save(files["fit.safetensors"], overwrite=True)
     print(f"\n{result.summary()}\n")
     z = result.latent(cells)
     if cells.schema.label is not None:
         print(_recovery(cells, z) + "\n")
     print(_expression(result, cells, gene) + "\n")
     result.write(adata, key=key, overwrite=True)
-    result.save(files["fit.safetensors"], overwrite=True)
     adata.write_h5ad(files["cells.h5ad"])
     written = [files["fit.safetensors"], files["cells.h5ad"]]
     try:
@@ -141,6 +146,7 @@ def _run(
     print(f"written in {time.perf_counter() - began:.0f} s (training included):")
     for file in written:
         print(f"  {file}  {file.stat().st_size / 1e6:.2f} MB")
+    return _INTERRUPTED if result.settings["state"] == "interrupted" else 0
 
 
 def _check_gene(gene: str, cells: Cells) -> None:
@@ -158,6 +164,9 @@ def _recovery(cells: Cells, z: np.ndarray) -> str:
         from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
     except ImportError:
         return 'recovery of cell types needs scikit-learn: pip install "pyrosc[demo]"'
+    if len(cells) > _MANY_CELLS:  # principal components of all of a large data set would not fit into memory
+        some = np.sort(np.random.default_rng(0).permutation(len(cells))[:_MANY_CELLS])
+        cells, z = cells[some], z[some]
     known = (cells.label >= 0).numpy()
     truth = cells.label.numpy()[known]
     n_types, n_restarts = len(set(truth.tolist())), 10
@@ -188,7 +197,12 @@ def _expression(result: Fit, cells: Cells, gene: str | None) -> str:
         sums = cells.gene_sums()
         share = sums.counts / len(cells)
         gene = cells.schema.genes[int((sums.squares / len(cells) - share**2).div(share + 0.1).argmax())]
-    shown = cells[np.linspace(0, len(cells) - 1, 5).astype(int)]
+    # One cell of each of the commonest types, where there are types.
+    at = np.linspace(0, len(cells) - 1, 5).astype(int)
+    if cells.schema.label is not None:
+        kinds = np.argsort(cells.schema.label.counts)[::-1][:5]
+        at = np.array([int((cells.label == int(kind)).nonzero()[0]) for kind in kinds])
+    shown = cells[at]
     table = result.expression(shown, gene, n_draws=200, scale=1e4, interval=0.9)[gene]
     labels = [""] * len(shown) if cells.schema.label is None else shown.obs[cells.schema.label.column].astype(str)
     lines = [f"{gene}, expected counts per 10,000, with 90 % intervals (given the weights)"]

@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +23,7 @@ from torch import Tensor
 
 logger = logging.getLogger("pyrosc")
 
+_PIECE = 2**22  # entries that a pass over a matrix looks at in one go
 _ROOM = "pyrosc_nonzeros"  # attribute under which a dense block carries its Nonzeros
 
 
@@ -43,8 +44,8 @@ class Nonzeros(NamedTuple):
 
 def nonzeros(x: Tensor) -> Nonzeros:
     """The non-zero entries of ``x`` (..., G): carried by it, else searched for."""
-    carried: Nonzeros | None = getattr(x, _ROOM, None)
-    if carried is not None:
+    carried, version = getattr(x, _ROOM, (None, None))
+    if carried is not None and version == x._version:  # not edited in place since
         return carried
     flat = x.reshape(-1)
     index = flat.nonzero().squeeze(-1)
@@ -53,7 +54,7 @@ def nonzeros(x: Tensor) -> Nonzeros:
 
 def carry(x: Tensor, found: Nonzeros) -> Tensor:
     """Hand ``x`` its non-zero entries; they stay with this very tensor."""
-    setattr(x, _ROOM, found)
+    setattr(x, _ROOM, (found, x._version))
     return x
 
 
@@ -125,31 +126,58 @@ class CountMatrix:
         x.view(-1)[index] = count
         return carry(x, Nonzeros(index, gene, count, mask))
 
+    def pieces(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(row, gene, count) of every entry in order, some millions at a time, so that passes stay small."""
+        start = 0
+        while start < len(self):
+            end = int(torch.searchsorted(self.indptr, self.indptr[start] + _PIECE, right=True)) - 1
+            end = min(max(end, start + 1), len(self))
+            low, high = int(self.indptr[start]), int(self.indptr[end])
+            row = torch.repeat_interleave(
+                torch.arange(start, end, device=self.data.device),
+                self.indptr[start : end + 1].diff(),
+                output_size=high - low,
+            )
+            yield row, self.indices[low:high], self.data[low:high]
+            start = end
+
     def totals(self) -> Tensor:
         """(N,) float64 total count of each row."""
         sums = torch.zeros(len(self), dtype=torch.float64, device=self.data.device)
-        row = torch.repeat_interleave(
-            torch.arange(len(self), device=self.data.device), self.indptr.diff(), output_size=self.nnz
-        )
-        return sums.index_add_(0, row, self.data.double())
+        for row, _, count in self.pieces():
+            sums.index_add_(0, row, count.double())
+        return sums
+
+    def seen(self) -> Tensor:
+        """(G,) int64, in how many rows each gene has counts."""
+        found = torch.zeros(self.n_genes, dtype=torch.int64, device=self.data.device)
+        for _, gene, _ in self.pieces():
+            found += torch.bincount(gene, minlength=self.n_genes)
+        return found
 
     def select(self, genes: np.ndarray) -> CountMatrix:
         """The matrix of these genes (positions, each once), in this order; -1 makes a column of zeros."""
         place = np.full(self.n_genes, -1, dtype=np.int32)
         place[genes[genes >= 0]] = np.flatnonzero(genes >= 0)
-        gene = torch.from_numpy(place)[self.indices.long()]
-        keep = gene >= 0
-        row = torch.repeat_interleave(torch.arange(len(self)), self.indptr.diff())[keep]
-        gene, data = gene[keep], self.data[keep]
-        order = (row * len(genes) + gene).argsort()
-        indptr = torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(row, minlength=len(self)).cumsum(0)])
-        return CountMatrix(indptr, gene[order], data[order], len(genes))
+        moved = torch.from_numpy(place)
+        lengths = torch.zeros(len(self), dtype=torch.int64)
+        indices, data = [], []
+        for row, gene, count in self.pieces():
+            new = moved[gene.long()]
+            keep = new >= 0
+            row, new, count = row[keep], new[keep], count[keep]
+            order = (row * len(genes) + new).argsort()
+            lengths += torch.bincount(row, minlength=len(self))
+            indices.append(new[order])
+            data.append(count[order])
+        indptr = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+        return CountMatrix(indptr, torch.cat(indices), torch.cat(data), len(genes))
 
     def fingerprint(self) -> str:
         """A checksum of every stored value and place."""
         crc = 0
         for part in (self.indptr, self.indices, self.data):
-            crc = zlib.crc32(part.cpu().numpy().tobytes(), crc)
+            crc = zlib.crc32(part.cpu().numpy().data, crc)
         return f"{crc:08x}"
 
 

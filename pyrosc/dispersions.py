@@ -30,10 +30,10 @@ class GeneDispersion(Part):
 
     def start(self, cells: Cells) -> None:
         sums = cells.gene_sums()
-        depth = cells.library.double()
+        depth = cells.depth.double()
         share = sums.counts / depth.sum()
         # sum (x - l m)^2 = sum (l m) + sum (l m)^2 / dispersion under one profile m
-        scatter = sums.squares - 2 * share * sums.by_library + share**2 * (depth**2).sum()
+        scatter = sums.squares - 2 * share * sums.by_depth + share**2 * (depth**2).sum()
         excess = scatter - share * depth.sum()
         moment = share**2 * (depth**2).sum() / excess.clamp(min=1e-12)
         moment = torch.where(excess > 0, moment, torch.full_like(moment, torch.inf)).clamp(0.1, 100.0)

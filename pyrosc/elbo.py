@@ -17,7 +17,8 @@ from .cells import Cells
 from .program import Program, analytic_kl, is_computed
 
 
-def _in_cells(site: Any) -> bool:
+def in_cells(site: Any) -> bool:
+    """Whether a site is drawn for each cell."""
     return any(f.name == "cells" for f in site["cond_indep_stack"])
 
 
@@ -65,7 +66,7 @@ def elbo_terms(program: Program, cells: Cells) -> Terms:
             continue
         if site["is_observed"]:
             terms.reconstruction = terms.reconstruction + site["fn"].log_prob(site["value"])
-        elif _in_cells(site):
+        elif in_cells(site):
             terms.local_kl[name] = kl(drawn[name], site)
         else:
             terms.global_kl[name] = kl(drawn[name], site).sum()
@@ -104,6 +105,6 @@ class KLWeight(Messenger):
         with torch.no_grad():
             for name, (guide_site, model_site) in self._sites.items():
                 term = kl(guide_site, model_site)
-                terms[name] = term.mean() if _in_cells(model_site) else term.sum() / total
+                terms[name] = term.mean() if in_cells(model_site) else term.sum() / total
         self._sites = {}
         return terms

@@ -41,6 +41,8 @@ def isolated(seed: int, device: torch.device | str = "cpu", validate: bool = Fal
     """
     if not _one_thread.acquire(blocking=False):
         raise RuntimeError("another thread is fitting or drawing. Pyro is not thread-safe; use processes")
+    # Pyro puts back its own flags only, and sets torch's to its own on the way out.
+    checks = bool(torch.distributions.Distribution._validate_args)
     try:
         device = torch.device(device)
         cuda = [device] if device.type == "cuda" else []
@@ -51,4 +53,5 @@ def isolated(seed: int, device: torch.device | str = "cpu", validate: bool = Fal
                     torch.cuda.manual_seed(seed)
             yield
     finally:
+        torch.distributions.Distribution.set_default_validate_args(checks)
         _one_thread.release()

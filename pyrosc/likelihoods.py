@@ -45,6 +45,10 @@ class ZINBLikelihood(Part):
     a gene where the decoder shows none.
     """
 
+    @property
+    def uses(self) -> tuple[str, ...]:
+        return ("n_hidden",)
+
     def build(self, schema: Schema, sizes: Mapping[str, int], parts: Mapping[str, nn.Module]) -> None:
         # Extra zeros start rare (12 %): UMI counts have few, and a gate at one half has to be unlearned.
         if "n_hidden" in sizes:

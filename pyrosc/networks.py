@@ -6,7 +6,6 @@ All take leading dimensions (draws, enumeration) before the cells: inputs are (.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,10 +59,13 @@ class Layers(nn.Sequential):
         super().__init__(*layers)
 
 
-def _check_sizes(n_hidden: int, n_layers: int, dropout: float) -> None:
-    for name, value, least in (("n_hidden", n_hidden, 1), ("n_layers", n_layers, 1)):
-        if int(value) != value or value < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+def _check_sizes(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+
+
+def _check_dropout(dropout: float) -> None:
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), not {dropout!r}")
 
@@ -91,9 +93,8 @@ class Encoder(Part):
         dropout: float = 0.1,
         covariates: bool = False,
     ) -> None:
-        if int(n_latent) != n_latent or n_latent < 1:
-            raise ValueError(f"n_latent must be a whole number of at least 1, not {n_latent!r}")
-        _check_sizes(n_hidden, n_layers, dropout)
+        _check_sizes(n_latent=n_latent, n_hidden=n_hidden, n_layers=n_layers)
+        _check_dropout(dropout)
         super().__init__(
             n_latent=n_latent, n_hidden=n_hidden, n_layers=n_layers, dropout=dropout, covariates=covariates
         )
@@ -143,7 +144,8 @@ class Decoder(Part):
         dropout: float = 0.0,
         covariates: bool = True,
     ) -> None:
-        _check_sizes(n_hidden, n_layers, dropout)
+        _check_sizes(n_hidden=n_hidden, n_layers=n_layers)
+        _check_dropout(dropout)
         super().__init__(
             n_latent=n_latent, n_hidden=n_hidden, n_layers=n_layers, dropout=dropout, covariates=covariates
         )
@@ -152,6 +154,10 @@ class Decoder(Part):
     def sizes(self) -> dict[str, int]:
         own = {"n_hidden": self.arguments["n_hidden"]}
         return own if self.arguments["n_latent"] is None else own | {"n_latent": self.arguments["n_latent"]}
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        return ("n_latent",)
 
     def build(self, schema: Schema, sizes: Mapping[str, int], parts: Mapping[str, nn.Module]) -> None:
         a = self.arguments
@@ -167,10 +173,11 @@ class Decoder(Part):
         self.out = nn.Linear(a["n_hidden"], schema.n_genes)
 
     def start(self, cells: Cells) -> None:
-        depth: Any = cells.library if self.is_share else cells.size_factor
+        depth = cells.depth
         # A tenth of a count keeps the logs of genes that are never seen finite.
         profile = (cells.gene_sums().counts + 0.1) / depth.double().sum()
-        bias = profile.log() if self.is_share else profile.expm1().log()
+        # The inverse of a softplus is r + log(1 - e^-r), which does not overflow at a large rate.
+        bias = profile.log() if self.is_share else profile + (-(-profile).expm1()).log()
         with torch.no_grad():
             self.out.bias.copy_(bias)
 

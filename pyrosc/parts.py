@@ -1,9 +1,10 @@
 """What a part is: a small module that a story is handed by name.
 
-Any ``nn.Module`` can be a part. These three things make it a better one, and each may be
+Any ``nn.Module`` can be a part. These things make it a better one, and each may be
 left out:
 
     sizes                        what it fixes for the others, such as {"n_latent": 10}
+    uses                         which of those it was built for, so that replacing one says what else must be
     build(schema, sizes, parts)  makes what depends on the data's genes and levels, and on other parts
     start(cells)                 sets values from data, once, before the first fit
     arguments                    what it was made with, as JSON, so that a Fit can be saved
@@ -34,12 +35,17 @@ class Part(nn.Module):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__()
-        self.arguments = arguments
+        self.arguments = {k: v.item() if hasattr(v, "item") else v for k, v in arguments.items()}
 
     @property
     def sizes(self) -> dict[str, int]:
         """Sizes that this part fixes for the others."""
         return {}
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """Sizes of other parts that this one was built for."""
+        return ()
 
     def build(self, schema: Schema, sizes: Mapping[str, int], parts: Mapping[str, nn.Module]) -> None:
         """Make what depends on genes and levels; called once, when the Program is made."""

@@ -22,6 +22,15 @@ def _axes(ax: Axes | None, width: float = 5.0) -> Axes:
     return Figure(figsize=(width, 4), layout="constrained").subplots()
 
 
+def _colour(i: int, of: int) -> Any:
+    """Of level i, none used twice."""
+    from matplotlib import colormaps
+
+    if of <= 20:
+        return colormaps["tab10" if of <= 10 else "tab20"](i)
+    return colormaps["gist_ncar"]((i + 0.5) / of)
+
+
 def history(fit: Fit, ax: Axes | None = None) -> Axes:
     """Training and held-out ELBO by epoch, the warm-up shaded, the best epoch marked.
 
@@ -36,7 +45,7 @@ def history(fit: Fit, ax: Axes | None = None) -> Axes:
         shown = table["validation_elbo"]
     warming = table.loc[table["kl_weight"] < 1, "epoch"]
     if len(warming):
-        ax.axvspan(table["epoch"].iloc[0], warming.max(), color="0.93", zorder=0, label="KL weight < 1")
+        ax.axvspan(table["epoch"].iloc[0], warming.max(), color="0.9", zorder=0, label="KL weight < 1")
     if fit.settings["best_epoch"]:
         ax.axvline(fit.settings["best_epoch"], color="C3", lw=1, ls=":", label="best epoch")
     # The first epochs would squeeze the rest into a line.
@@ -77,7 +86,7 @@ def latent(z: Any, color: Any = None, ax: Axes | None = None, *, title: str = ""
     names = np.array([None] * len(z)) if color is None else np.array([str(v) for v in color])
     for i, level in enumerate(levels):
         here = names == level if level is not None else slice(None)
-        shade = f"C{i}" if len(levels) <= 10 else None
+        shade = _colour(i, len(levels))
         ax.scatter(flat[here, 0], flat[here, 1], s=9, lw=0, color=shade, label=level)
     name = "t-SNE" if by_tsne else "PC" if z.shape[1] > 2 else "z"
     ax.set(xlabel=f"{name} 1", ylabel=f"{name} 2", xticks=[], yticks=[], title=title)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .cells import Cells
 from .counts import require_memory
-from .elbo import elbo_terms
+from .elbo import elbo_terms, in_cells
 from .errors import ProgramError, PyroscWarning
 from .isolation import checked_seed
 from .loading import blocks
@@ -48,6 +48,7 @@ class Fit:
 
     def __init__(self, program: Program, history: pd.DataFrame, settings: dict[str, Any]) -> None:
         self.program, self.history, self.settings = program.eval(), history, settings
+        self._said = False  # one warning a call
 
     def __repr__(self) -> str:
         s = self.settings
@@ -145,8 +146,13 @@ class Fit:
         """
         cells = self._ready(cells)
         n_draws = _whole("n_draws", n_draws, 1)
+        if do is not None and not isinstance(do, Mapping):
+            raise TypeError(f'do takes columns and levels, such as do={{"donor": "101"}}, not {do!r}')
+        if isinstance(scale, bool) or not isinstance(scale, (int, float, np.number)) or not scale > 0:
+            raise ValueError(f"scale must be a positive number, such as 1e4, not {scale!r}")
         if interval is not None and not 0 < interval < 1:
             raise ValueError(f"interval must be between 0 and 1, not {interval!r}")
+        self._said = False
         at, names = self._genes(genes)
         worlds = self._worlds(cells, do or {})
         columns = 4 if interval else 1
@@ -188,7 +194,8 @@ class Fit:
 
         log mean_s p(x, z_s) / q(z_s | x), in float64: a lower bound in expectation that
         tightens with draws (Burda et al. 2016). Likelihoods of stories can be compared only
-        where both have the same likelihood family and library. ``check.importance`` says for which
+        where both have the same likelihood family and library. Global sites are drawn from the
+        guide and averaged over inside the log. ``check.importance`` says for which
         cells the guide is good enough for this.
         """
         found = [w.logsumexp(0) - np.log(len(w)) for w in self.log_weights(cells, n_draws, seed=seed)]
@@ -270,6 +277,8 @@ class Fit:
         ValueError
             If a key is taken, ``adata`` is a view or backed, or names do not meet. Nothing is written then.
         """
+        if not isinstance(adata, anndata.AnnData):
+            raise TypeError(f"write() takes an AnnData first, not {type(adata).__name__}; cells go second")
         if adata.is_view or adata.isbacked:
             kind = "a view" if adata.is_view else "backed by a file"
             raise ValueError(
@@ -337,7 +346,11 @@ class Fit:
     def _genes(self, genes: str | Sequence[str] | None) -> tuple[np.ndarray | None, list[str]]:
         if genes is None:
             return None, list(self.schema.genes)
+        if not isinstance(genes, (str, Sequence, np.ndarray, pd.Index)):
+            raise TypeError(f"genes takes names of genes, or None for all, not {genes!r}")
         names = [genes] if isinstance(genes, str) else [str(g) for g in genes]
+        if len(set(names)) < len(names):
+            raise ValueError("genes names a gene twice; name each once")
         at = pd.Index(self.schema.genes).get_indexer(pd.Index(names))
         if (at < 0).any():
             wrong = [g for g, i in zip(names, at) if i < 0]
@@ -350,6 +363,8 @@ class Fit:
         for name, level in do.items():
             factor = self.schema.factor(name)
             levels: list[Any] = [level]
+            if isinstance(level, str) and level == "all" and self.schema.covariate(name) is not None:
+                raise ValueError(f'"{name}" is continuous, so there are no levels to average over; give it a number')
             if isinstance(level, str) and level == "all" and factor is not None and "all" not in factor.levels:
                 levels = list(factor.levels)
             choices.append(levels)
@@ -395,7 +410,8 @@ class Fit:
         node: Any = trace.nodes[site]
         value = node["value"]
         if not any(f.name == "cells" for f in node["cond_indep_stack"]):
-            if changed:
+            if changed and not self._said:
+                self._said = True
                 self._warn(f'"{site}" is one for all cells in {self.program.story}: do= changes nothing')
             value = value.reshape(-1, 1, value.shape[-1])
         return value.expand(n_draws, n_cells, value.shape[-1])
@@ -458,6 +474,11 @@ def _by_block(
 ) -> Iterator[Tensor]:
     """Answers for blocks of cells, each from a seed of its own; between them the world is as it was."""
     seed = checked_seed(seed)
+    cells = together[0]
+    wide = 8 if cells.dtype == torch.float64 else 4
+    require_memory(
+        4 * wide * per_cell * cells.n_genes, "the draws of one cell", "Ask for fewer draws at a time."
+    )  # blocks of several cells are kept below this by themselves
 
     def answers() -> Iterator[Tensor]:
         for i, block in enumerate(zip(*(blocks(cells, per_cell) for cells in together))):
@@ -470,11 +491,11 @@ def _by_block(
 
 
 def _log_weight(guide: poutine.Trace, model: poutine.Trace, block: Cells) -> Tensor:
-    """(S, n) log p - log q, over the sites of each cell and global ones."""
+    """(S, n) log p - log q over the sites of each cell; global ones are drawn from the guide and left at that."""
     weight = block.library.new_zeros(1, len(block))
     for trace, sign in ((model, 1.0), (guide, -1.0)):
         for name in _drawn(trace):
             site: Any = trace.nodes[name]
-            if not is_computed(site):
+            if not is_computed(site) and in_cells(site):
                 weight = weight + sign * site["fn"].log_prob(site["value"])
     return weight

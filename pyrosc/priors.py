@@ -54,6 +54,11 @@ class Prior(Part):
         if len(event) > 1:
             raise ValueError(f"a prior draws a vector; {name} draws an array of shape {tuple(event)}")
         self.is_scalar = not event
+        self.is_latent = False  # whether its size was left open and taken from n_latent
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        return ("n_latent",) if self.is_latent else ()
 
     @classmethod
     def from_arguments(cls, distribution: str, shapes: list[list[int]], size: int | None, **numbers: Tensor) -> Prior:
@@ -71,7 +76,8 @@ class Prior(Part):
     def build(self, schema: Schema, sizes: Mapping[str, int], parts: Mapping[str, nn.Module]) -> None:
         if self.size is None and self.is_scalar:
             numbers = max((getattr(self, f"number{i}").numel() for i in range(self.n_numbers)), default=1)
-            open_size = sizes.get("n_latent", 1) if parts.get("prior") is self else 1
+            self.is_latent = parts.get("prior") is self and numbers == 1
+            open_size = sizes.get("n_latent", 1) if self.is_latent else 1
             self.size = self.arguments["size"] = numbers if numbers > 1 else open_size
 
     def forward(self) -> Any:

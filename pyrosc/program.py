@@ -33,6 +33,15 @@ from .isolation import checked_seed, isolated
 from .schema import Schema, did_you_mean, listed
 
 
+def require_cells(cells: Any) -> None:
+    """Refuse what is not Cells, an AnnData for one, with the line that makes them."""
+    if not isinstance(cells, Cells):
+        raise TypeError(
+            f"expected Cells, not {type(cells).__name__}: make them first, "
+            "cells = pyrosc.Cells.from_anndata(adata, ...)"
+        )
+
+
 class Parts(nn.ModuleDict):
     """Parts by name; any name will do, "half" and "values" too."""
 
@@ -72,6 +81,7 @@ class Program(nn.Module):
         **parts: nn.Module,
     ) -> None:
         super().__init__()
+        require_cells(cells)
         if guide is None:
             raise ProgramError("a Program needs a guide: a function that draws the model's latent sites, guide=...")
         self.schema: Schema = cells.schema
@@ -82,6 +92,7 @@ class Program(nn.Module):
         self.parts = Parts()
         self._quiet = False
         self.unstarted: set[str] = set()
+        self._sizes: dict[str, int] = {}
         self._assemble(parts)
         self.eval()
 
@@ -93,7 +104,14 @@ class Program(nn.Module):
                     f'no part "{name}" in {self.story}. Its parts: {listed(wanted, 20)}.' + did_you_mean(name, wanted)
                 )
             if not isinstance(part, nn.Module):
-                raise ProgramError(f'part "{name}" must be an nn.Module, not {type(part).__name__}: {part!r}')
+                remedy = (
+                    f"call it: {name}={part.__name__}()"
+                    if isinstance(part, type)
+                    else "a prior, for example, is made by pyrosc.Prior(dist.Normal, 0.0, 1.0)"
+                )
+                raise ProgramError(
+                    f'part "{name}" must be an nn.Module, not {type(part).__name__} ({part!r}); {remedy}'
+                )
         absent = [name for name, needed in wanted.items() if needed and name not in parts]
         if absent:
             raise ProgramError(
@@ -111,6 +129,14 @@ class Program(nn.Module):
                 if sizes.setdefault(size, value) != value:
                     raise ProgramError(f'{size} is {sizes[size]} in part "{said[size]}" and {value} in part "{name}"')
                 said[size] = name
+        for name, part in self.parts.items():
+            for size in getattr(part, "uses", ()) if name not in parts else ():
+                if self._sizes.get(size) != sizes.get(size):
+                    raise ProgramError(
+                        f'part "{name}" was built for {size}={self._sizes.get(size)}, which is now {sizes.get(size)}: '
+                        f"replace it as well, replace({name}={type(part).__name__}(...), ...)"
+                    )
+        self._sizes = sizes
         built_for = f"{zlib.crc32(repr((self.schema, sorted(sizes.items()))).encode()):08x}"
         with isolated(self.seed):
             for name in sorted(parts):
@@ -218,7 +244,8 @@ class Program(nn.Module):
         """Set values that new parts take from data (``part.start``); once for each part."""
         for name in sorted(self.unstarted):
             start = getattr(self.parts[name], "start", None)
-            if start is not None:
+            frozen = all(not p.requires_grad for p in self.parts[name].parameters())
+            if start is not None and not frozen:
                 start(cells)
         self.unstarted.clear()
 
@@ -241,11 +268,13 @@ class Program(nn.Module):
             Every site's value, (n, event) inside the plate, on the CPU. Random.
         """
         blank = Cells.blank(self.schema, cells, seed=seed) if isinstance(cells, int) else cells.without_counts()
+        fixed = dict(fixed or {})
         with self.driven(seed), torch.no_grad():
-            trace = poutine.trace(poutine.condition(self.model, data=dict(fixed or {}))).get_trace(
-                blank.to(self.device)
-            )
+            trace = poutine.trace(poutine.condition(self.model, data=fixed)).get_trace(blank.to(self.device))
         nodes: dict[str, Any] = trace.nodes
+        strange = [name for name in fixed if name not in nodes]
+        if strange:
+            raise ValueError(f"fixed= names {listed(strange)}, not a site of {self.story}: {listed(nodes, 20)}")
         return {
             name: site["value"].cpu()
             for name, site in nodes.items()
@@ -395,6 +424,22 @@ def _check_sites(guide: poutine.Trace, model: poutine.Trace, cells: Cells) -> No
             if site["type"] == "sample" and not site["is_observed"] and not _is_subsample(site)
         }
 
+    for trace, what in ((guide, "guide"), (model, "model")):
+        found: dict[str, Any] = dict(trace.nodes)
+        for name, site in found.items():
+            if site["type"] == "param":
+                raise ProgramError(
+                    f'the {what} makes a parameter "{name}" by pyro.param, which a Program neither trains nor keeps. '
+                    "Hand it over as a part: a module with an nn.Parameter."
+                )
+            if site["type"] != "sample" or _is_subsample(site) or is_computed(site):
+                continue
+            inside = any(f.name == "cells" for f in site["cond_indep_stack"])
+            if not inside and len(cells) > 1 and tuple(site["fn"].batch_shape[-1:]) == (len(cells),):
+                raise ProgramError(
+                    f'the {what} draws "{name}" for each cell, but outside of the plate of cells, so that mini-batches '
+                    "would count for less than the whole: draw it under `with cells.plate():`"
+                )
     drawn, wanted = latent(guide), latent(model)
     nodes: dict[str, Any] = model.nodes
     in_model = [n for n, s in nodes.items() if s["type"] == "sample" and not _is_subsample(s)]
@@ -407,6 +452,10 @@ def _check_sites(guide: poutine.Trace, model: poutine.Trace, cells: Cells) -> No
             )
     for name in wanted:
         if name not in drawn:
+            if name == "x":
+                raise ProgramError(
+                    'the model draws "x" although there are counts: observe it, pyro.sample("x", ..., obs=cells.x)'
+                )
             raise ProgramError(
                 f'the model draws "{name}" but the guide does not. Model: {", ".join(in_model)}. '
                 f"Guide: {', '.join(drawn) or 'nothing'}. Draw it in the guide as well."

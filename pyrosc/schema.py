@@ -200,6 +200,7 @@ def factor_of(obs: pd.DataFrame, name: str, role: str, unlabeled: Any, notes: li
     column = column_of(obs, name, role)
     values = np.asarray(column.astype(object))
     missing = np.asarray(pd.isna(column))
+    unlabeled = None if unlabeled is None or pd.isna(unlabeled) else plain(unlabeled)
     if role == "label":
         if unlabeled is not None:
             missing = missing | (values == unlabeled)
@@ -241,11 +242,11 @@ def factor_of(obs: pd.DataFrame, name: str, role: str, unlabeled: Any, notes: li
 
 
 def recode(factor: Factor, column: pd.Series, role: str) -> np.ndarray:
-    """Codes (N,) of a column of new cells in the levels of a known Factor; labels may be missing or new (-1)."""
+    """Codes (N,) of a column of new cells in the levels of a known Factor; labels and samples may be new (-1)."""
     values = [None if gone else plain(v) for v, gone in zip(np.asarray(column.astype(object)), pd.isna(column))]
     place = {(type(level), level): i for i, level in enumerate(factor.levels)}
     codes = np.array([place.get((type(v), v), -1) for v in values], dtype=np.int64)
-    if role == "label" or (codes >= 0).all():
+    if role in ("label", "sample") or (codes >= 0).all():
         return codes
     strange = list(dict.fromkeys(v for v, c in zip(values, codes) if c < 0))
     n = int((codes < 0).sum())
@@ -310,7 +311,7 @@ def layout_notes(schema: Schema, codes: dict[str, np.ndarray]) -> list[str]:
         If a sample is in two levels of a categorical column: a sample is one specimen
         under one condition.
     """
-    notes = []
+    notes: list[str] = []
     factors = schema.factors
     if schema.sample:
         of_sample = codes[schema.sample.column]
@@ -327,18 +328,26 @@ def layout_notes(schema: Schema, codes: dict[str, np.ndarray]) -> list[str]:
                     f'make a column of both, adata.obs["sample"] = adata.obs["{schema.sample.column}"].astype(str) + '
                     f'"_" + adata.obs["{other.column}"].astype(str).'
                 )
-    if schema.batch and len(schema.batch) > 1:
-        for name, other in factors.items():
-            if other is schema.batch or len(other) != len(schema.batch) or other.column == schema.batch.column:
-                continue
-            table = _table(codes[schema.batch.column], codes[name], len(schema.batch), len(other))
-            if ((table > 0).sum(0) == 1).all() and ((table > 0).sum(1) == 1).all():
-                frame = pd.DataFrame(table, index=list(schema.batch.levels), columns=list(other.levels))
-                shown = frame.iloc[:6, :6].to_string()
-                notes.append(
-                    f'"{schema.batch.column}" (batch) and "{name}" are the same split of the cells, so their effects '
-                    f"cannot be told apart:\n{shown}"
-                )
+    if schema.batch is None or len(schema.batch) < 2:
+        return notes
+    for name, other in factors.items():
+        if other is schema.batch or len(other) < 2:
+            continue
+        table = _table(codes[schema.batch.column], codes[name], len(schema.batch), len(other))
+        once = ((table > 0).sum(1) <= 1).all()
+        if once and ((table > 0).sum(0) <= 1).all():
+            frame = pd.DataFrame(table, index=list(schema.batch.levels), columns=list(other.levels))
+            shown = frame.iloc[:6, :6].to_string()
+            notes.append(
+                f'"{schema.batch.column}" (batch) and "{name}" are the same split of the cells, so their effects '
+                f"cannot be told apart:\n{shown}"
+            )
+        elif once and other in schema.categorical:
+            notes.append(
+                f'every level of "{schema.batch.column}" (batch) lies within one level of "{name}", so what differs '
+                f'between levels of "{name}" can as well be put down to batches; name a batch that crosses it, or '
+                "leave one out"
+            )
     return notes
 
 

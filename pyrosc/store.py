@@ -15,6 +15,7 @@ import math
 import os
 import secrets
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def save(fit: Fit, path: Any, *, overwrite: bool = False) -> None:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.parent}")
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in fit.program.state_dict().items()}
-    text = json.dumps(_described(fit), allow_nan=False)
+    text = json.dumps(_described(fit) | {"checksum": _checksum(tensors)}, allow_nan=False)
     _replace(path, to_bytes(tensors, metadata={_ENTRY: text}))
 
 
@@ -103,8 +104,16 @@ def _described(fit: Fit) -> dict[str, Any]:
         "parts": {name: _part(part) for name, part in program.parts.items()},
         "schema": program.schema.to_json(),
         "settings": _finite(fit.settings),
+        "frozen": [name for name, p in program.named_parameters() if not p.requires_grad],
         "history": {column: _finite(fit.history[column].tolist()) for column in fit.history},
     }
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    crc = 0
+    for name in sorted(tensors):
+        crc = zlib.crc32(tensors[name].numpy().tobytes(), zlib.crc32(name.encode(), crc))
+    return f"{crc:08x}"
 
 
 def _function(function: Callable[..., None]) -> dict[str, Any]:
@@ -131,7 +140,8 @@ def _part(part: nn.Module) -> dict[str, Any]:
 
 def _sites(program: Program) -> dict[str, list[int]]:
     """Event shape of every site drawn by the story."""
-    blank = Cells.blank(program.schema, 2).to(program.device)
+    blank = Cells.blank(program.schema, 2)
+    blank = blank.with_counts(torch.zeros(2, program.schema.n_genes)).to(program.device)
     with program.driven(0), torch.no_grad():
         trace = poutine.trace(program.model).get_trace(blank)
     nodes: dict[str, Any] = trace.nodes
@@ -194,7 +204,7 @@ def load(
     if strange:
         raise ValueError(f"{path.name} has no part {listed(sorted(strange))}; its parts: {listed(parts, 20)}")
     program = Program(functions[0], Cells.empty(schema), functions[1], seed=held["seed"], **parts)
-    _fill(program, tensors, path)
+    _fill(program, tensors, held["frozen"], path)
     sites = _sites(program)
     if sites != held["sites"]:
         raise ValueError(f"the story's sites are {sites}, but {path.name} was saved with {held['sites']}")
@@ -218,7 +228,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                     f"{path.name} was written by pyrosc {held['versions']['pyrosc']} (format {held['format']}); "
                     f"this is {__version__}, which reads up to format {FORMAT}. Install the newer one."
                 )
-            return held, {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            if _checksum(tensors) != held["checksum"]:
+                raise ValueError(f"{path} is damaged: its numbers are not those that were saved; copy it again")
+            return held, tensors
     except SafetensorError as error:
         size, whole = path.stat().st_size, _promised(path)
         if whole is not None and size < whole:
@@ -284,7 +297,7 @@ def _made(
     return PARTS[held["part"]](**held["arguments"])
 
 
-def _fill(program: Program, tensors: dict[str, Tensor], path: Path) -> None:
+def _fill(program: Program, tensors: dict[str, Tensor], frozen: list[str], path: Path) -> None:
     own = program.state_dict()
     for name in sorted(own.keys() | tensors.keys()):
         here, there = (tuple(t[name].shape) if name in t else None for t in (own, tensors))
@@ -295,3 +308,5 @@ def _fill(program: Program, tensors: dict[str, Tensor], path: Path) -> None:
             )
     program.load_state_dict(tensors)
     program.unstarted.clear()
+    for name, parameter in program.named_parameters():
+        parameter.requires_grad_(name not in frozen)

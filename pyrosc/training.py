@@ -9,6 +9,7 @@ at weight 1.
 from __future__ import annotations
 
 import math
+import numbers
 import platform
 import signal
 import threading
@@ -20,6 +21,7 @@ from importlib import metadata
 from types import FrameType
 from typing import Any
 
+import anndata
 import numpy as np
 import pandas as pd
 import pyro
@@ -46,7 +48,7 @@ _DEAD = 0.01  # variance over cells of a latent's posterior mean, below which it
 
 def fit(
     program: Program,
-    cells: Cells,
+    cells: Cells | anndata.AnnData,
     *,
     epochs: int | None = None,
     batch_size: int = 128,
@@ -66,6 +68,7 @@ def fit(
 
     Parameters
     ----------
+    cells : Cells, or an AnnData that is brought into the order of the Program's schema
     epochs : passes over the training cells; None chooses by their number (see Notes)
     batch_size : most cells of a step
     lr : learning rate at its height, in (0, 1]
@@ -74,7 +77,7 @@ def fit(
     validation : share of cells held out, or their positions; None for none
         Held-out cells choose the best epoch and are never trained on.
     patience : epochs at KL weight 1 without a better held-out ELBO before stopping; None for never
-    weight_decay : L2 penalty on weight matrices (not on biases, norms or dispersions), in nats per cell
+    weight_decay : L2 penalty on the weights of linear layers and on nothing else, in nats per cell
         None takes 70 / N: what a Normal(0, 0.12) prior on each weight costs, 1 / (0.12^2 N). Held-out
         likelihood was best near it on 560, 820 and 2,230 cells (benchmarks/README.md).
     clip_norm : bound on each element of the gradient, in nats per cell (ClippedAdam's clamp)
@@ -118,6 +121,8 @@ def fit(
     seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else checked_seed(seed)
     _check_arguments(epochs, batch_size, lr, schedule, warmup, patience, weight_decay, clip_norm)
     place = _device(device)
+    if not isinstance(cells, Cells):
+        cells = Cells.align(cells, program.schema)
     if cells.total != len(cells):
         raise ValueError("fit takes a whole data set, not a mini-batch")
     cells = Cells.align(cells, program.schema)
@@ -130,16 +135,20 @@ def fit(
         weight_decay = _PRIOR_PRECISION / len(train)
     held: Any = validation
     given = {
-        "epochs": epochs, "batch_size": batch_size, "lr": lr, "schedule": schedule, "warmup": warmup,
-        "validation": held if held is None or np.ndim(held) == 0 else [int(i) for i in held],
-        "patience": patience, "weight_decay": weight_decay, "clip_norm": clip_norm, "seed": seed,
+        "epochs": int(epochs), "batch_size": int(batch_size), "lr": float(lr), "schedule": schedule,
+        "warmup": float(warmup),
+        "validation": None if held is None else float(held) if np.ndim(held) == 0 else [int(i) for i in held],
+        "patience": None if patience is None else int(patience), "weight_decay": float(weight_decay),
+        "clip_norm": float(clip_norm), "seed": seed,
     }  # fmt: skip
     run = _Run(program.copy().to(place), train.to(place), None if held_out is None else held_out.to(place), given)
+    if not any(p.requires_grad for p in run.program.parameters()):
+        raise ValueError("every weight is frozen (requires_grad=False), so there is nothing to fit")
     run.settings |= {"device": str(place), "fingerprint": cells.fingerprint(), "versions": versions()}
-    with run.program.driven(seed, train=True):
+    with _interrupts() as interrupted, run.program.driven(seed, train=True):
         try:
             run.prepare()
-            run.loop(progress)
+            run.loop(progress, interrupted)
         except torch.cuda.OutOfMemoryError as error:
             failure = FitError(
                 f"the GPU ran out of memory with batch_size={batch_size} (estimated need "
@@ -177,6 +186,11 @@ def _check_arguments(
             continue
         if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+    for name, value in (("lr", lr), ("warmup", warmup), ("weight_decay", weight_decay), ("clip_norm", clip_norm)):
+        if isinstance(value, bool) or not (
+            isinstance(value, numbers.Real) or (value is None and name == "weight_decay")
+        ):
+            raise ValueError(f"{name} must be a number, not {value!r}")
     if not 0 < lr <= 1:
         raise ValueError(f"lr must be in (0, 1], not {lr!r}")
     if schedule not in ("cosine", "constant"):
@@ -222,8 +236,8 @@ def _split(cells: Cells, validation: Any, seed: int) -> tuple[Cells, Cells | Non
         held = np.random.default_rng(seed).permutation(n)[:n_held]
     else:
         held = np.asarray(validation)
-        if held.dtype == bool:
-            raise ValueError("validation takes positions: numpy.flatnonzero(mask)")
+        if held.dtype.kind not in "iu":
+            raise ValueError("validation takes whole positions (of a mask: numpy.flatnonzero(mask)), or a share")
         wrong = (held < 0) | (held >= n)
         if wrong.any():
             raise ValueError(f"validation: there is no cell {held[wrong.argmax()]}; there are {n:,}")
@@ -291,13 +305,14 @@ class _Run:
 
     # ---- the loop -----------------------------------------------------------------------------
 
-    def loop(self, progress: bool) -> None:
+    def loop(self, progress: bool, interrupted: threading.Event) -> None:
         given = self.given
         parameters = [p for p in self.program.parameters() if p.requires_grad]
-        # Biases, norms and dispersions have scales of their own: only matrices are drawn to zero.
+        # Biases, norms, dispersions have scales of their own: only weights of linear layers are drawn to zero.
+        linear = {id(m.weight) for m in self.program.modules() if isinstance(m, torch.nn.Linear)}
         groups = [
-            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": given["weight_decay"]},
-            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+            {"params": [p for p in parameters if id(p) in linear], "weight_decay": given["weight_decay"]},
+            {"params": [p for p in parameters if id(p) not in linear], "weight_decay": 0.0},
         ]
         optimizer = ClippedAdam([g for g in groups if g["params"]], lr=given["lr"], clip_norm=given["clip_norm"])
         order = torch.Generator().manual_seed(given["seed"])
@@ -305,10 +320,7 @@ class _Run:
         text = f"fit (about {estimate['seconds']:.0f} s, {estimate['memory_gb']:.2f} GB)"
         began = time.perf_counter()
         since_best = 0
-        with (
-            _interrupts() as interrupted,
-            tqdm(total=given["epochs"], desc=text, unit="epoch", disable=not progress) as bar,
-        ):
+        with tqdm(total=given["epochs"], desc=text, unit="epoch", disable=not progress) as bar:
             for epoch in range(1, given["epochs"] + 1):
                 row = self._epoch(epoch, optimizer, parameters, order, interrupted)
                 self.seconds = time.perf_counter() - began
@@ -316,7 +328,7 @@ class _Run:
                 score = row.get("validation_elbo", math.nan)
                 if self.weight < 1 or self.held_out is None:
                     self.good, self.best_epoch = self._weights(), epoch
-                elif self.best_elbo == -math.inf or score > self.best_elbo:
+                elif score > self.best_elbo:
                     self.good, self.best_epoch, self.best_elbo, since_best = self._weights(), epoch, score, 0
                 else:
                     since_best += 1
@@ -436,7 +448,7 @@ class _Run:
                 text = f'First site that is not finite: "{name}", for {int(cells.sum())} of {len(batch)} cells'
                 if bad.shape[:1] != (len(batch),) or batch._rows is None:
                     return text + "."
-                text += f" (first: row {int(batch._rows[place[0]])} of the data"
+                text += f' (first: cell "{self._name(batch, place[0])}"'
                 if name == "x" and len(place) == 2:
                     mean = float(fn.mean[tuple(place)])
                     text += (
@@ -445,6 +457,13 @@ class _Run:
                     )
                 return text + ")."
         return "Every site is finite in a second run: a draw of the guide was extreme."
+
+    def _name(self, batch: Cells, row: int) -> str:
+        """Name of a cell of a mini-batch."""
+        rows: Any = batch._rows
+        at = rows[row]  # its row in the matrix that all parts of the data share
+        own = self.train._rows
+        return str(self.train.names[int(at) if own is None else int((own == at).nonzero()[0])])
 
     def result(self, state: str) -> Fit:
         """The Fit of the last good weights."""
@@ -510,10 +529,9 @@ def _remarks(result: Fit, run: _Run) -> None:
                 "the data ask for fewer. The answers stand; n_latent could be smaller"
             )
     if run.state == "finished" and "validation_elbo" in result.history:
-        at_one = result.history.loc[result.history["kl_weight"] == 1, "validation_elbo"].to_numpy()
-        last = at_one[-max(3, len(at_one) // 10) :]
+        last = result.history["validation_elbo"].to_numpy()[-max(3, len(result.history) // 10) :]
         gain = (last[-1] - last[0]) / max(len(last) - 1, 1)
-        if len(last) >= 3 and gain > 1e-3 * abs(last[-1]):
+        if gain > 3e-4 * abs(last[-1]):
             notes.append(
                 f"the held-out ELBO was still rising by {gain:.2f} nats a cell and epoch at the end: more epochs="
             )

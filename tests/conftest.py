@@ -4,6 +4,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import pyro
+import pyro.infer
 import pytest
 import torch
 from scipy import sparse
@@ -13,15 +14,16 @@ import pyrosc
 
 @pytest.fixture(autouse=True)
 def nothing_outside_changes():
-    """Every test leaves Pyro's store and validation, and torch's random state, as our calls found them.
-
-    The random state is compared by the tests that are about it; here the store, which no call of
-    ours may ever fill.
-    """
+    """Every test leaves Pyro's store and its and torch's validation as they were (no call of ours may change them)."""
     torch.manual_seed(0)
-    store = dict(pyro.get_param_store().items())
+
+    def world():
+        checks = torch.distributions.Distribution._validate_args, pyro.distributions.is_validation_enabled()
+        return (*checks, pyro.infer.is_validation_enabled(), list(pyro.get_param_store().keys()))
+
+    before = world()
     yield
-    assert dict(pyro.get_param_store().items()) == store
+    assert world() == before
     pyro.clear_param_store()
 
 

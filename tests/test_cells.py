@@ -11,6 +11,7 @@ import torch
 from pyro import poutine
 
 from pyrosc import Cells, PyroscWarning, Schema
+from pyrosc.counts import nonzeros
 
 from .conftest import small
 
@@ -153,6 +154,13 @@ def test_a_batch_that_is_the_condition_is_shown_as_a_table(adata):  # row 55
     n = int((adata.obs["condition"] == "stim").sum())
     assert str(n) in str(caught[0].message)
     assert "lane1" in str(caught[0].message)
+
+
+def test_batches_nested_in_a_condition_are_said(adata):
+    adata.obs["donor"] = adata.obs["donor"] + adata.obs["condition"]
+
+    with pytest.warns(PyroscWarning, match='every level of "donor".* lies within one level of "condition"'):
+        Cells.from_anndata(adata, batch="donor", categorical=["condition"])
 
 
 def test_batches_that_cross_the_condition_are_not_remarked(adata):
@@ -339,6 +347,37 @@ def test_one_cell_is_fine_and_none_is_not(adata, known):  # row 108
     assert len(Cells.align(adata[:1], known.schema)) == 1
     with pytest.raises(ValueError, match="0 cells"):
         Cells.align(adata[:0], known.schema)
+
+
+def test_an_unseen_sample_is_no_obstacle(adata):
+    adata.obs["sample"] = adata.obs["donor"] + adata.obs["condition"]
+    known = Cells.from_anndata(adata, sample="sample")
+    adata.obs["sample"] = "new"
+
+    assert Cells.align(adata, known.schema).sample.unique().tolist() == [-1]
+
+
+def test_genes_not_measured_and_kept_libraries_survive_a_second_alignment(adata, known):
+    with pytest.warns(PyroscWarning):
+        masked = Cells.align(adata[:, :29], known.schema, missing="zero")
+    other = Cells.from_anndata(
+        adata[:, ::-1], batch="donor", label="cell_type", categorical=["condition"], continuous=["age"]
+    )
+
+    again = Cells.align(masked, other.schema)
+    assert again.gene_mask.tolist() == [False] + [True] * 29
+    thinned, _ = known.thin(0.5)
+    kept = known.with_counts(thinned.x)
+    assert torch.equal(Cells.align(kept, other.schema).library, known.library)
+
+
+def test_counts_edited_in_place_are_searched_again(known):
+    x = known[:3].x
+    before = nonzeros(x).index.clone()
+    x[0, :] = 0
+
+    assert not torch.equal(nonzeros(x).index, before)
+    assert torch.equal(nonzeros(x).index, x.flatten().nonzero().squeeze(-1))
 
 
 def test_cells_of_another_schema_are_recoded_by_value(adata, known):

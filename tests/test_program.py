@@ -262,6 +262,20 @@ def test_parts_that_do_not_fit_are_explained(cells, change, says):
         tiny(cells, **change)
 
 
+def test_replacing_a_size_says_what_else_must_be_replaced(cells):
+    zinb = tiny(cells, likelihood=ZINBLikelihood())
+
+    with pytest.raises(
+        ProgramError, match='"likelihood" was built for n_hidden=8, which is now 16: replace it as well'
+    ):
+        zinb.replace(decoder=Decoder(3, 16))
+    zinb.replace(decoder=Decoder(3, 16), likelihood=ZINBLikelihood()).check(cells)
+    with pytest.raises(ProgramError, match='"prior" was built for n_latent=3, which is now 5'):
+        zinb.replace(encoder=Encoder(5, 8), decoder=Decoder(5, 8))
+    wider = zinb.replace(encoder=Encoder(5, 8), decoder=Decoder(5, 8), prior=Prior(dist.Normal, 0.0, 1.0))
+    assert wider.parts["prior"]().event_shape == (5,)
+
+
 def test_a_missing_part_is_named(cells):
     with pytest.raises(ProgramError, match='asks for .*"decoder".*Given: "prior"'):
         Program(story.model, cells, story.guide, prior=Prior(dist.Normal, 0.0, 1.0))
@@ -350,6 +364,48 @@ def test_a_site_of_the_wrong_width_is_named(cells):  # row 70 of the faults
 
     with pytest.raises(ProgramError, match='site "x": the story gives 29 genes, the data have 30.*"rho"'):
         program.check(cells)
+
+
+def test_a_forgotten_plate_is_named(cells):
+    def model(cells, *, likelihood):
+        total = pyro.sample("library", dist.Gamma(2.0, 0.01).expand([len(cells), 1]).to_event(1))
+        pyro.sample("x", likelihood((total / 30).expand(-1, 30)), obs=cells.x)
+
+    def guide(cells):
+        pyro.sample("library", dist.LogNormal(torch.zeros(len(cells), 1), 1.0).to_event(1))
+
+    with pytest.raises(ProgramError, match=r'the guide draws "library" for each cell, but outside.*cells\.plate'):
+        simple(cells, model, guide).check(cells)
+    with pytest.raises(ProgramError, match=r'the model draws "library" for each cell, but outside.*cells\.plate'):
+        simple(cells, model).check(cells)
+
+
+def test_pyro_param_and_a_forgotten_obs_are_named(cells):
+    def by_param(cells, *, likelihood):
+        rate = pyro.param("rate", torch.ones(30))
+        with cells.plate():
+            total = pyro.sample("library", dist.Gamma(2.0, 0.01).expand([1]).to_event(1))
+            pyro.sample("x", likelihood(total * rate), obs=cells.x)
+
+    def unobserved(cells, *, likelihood):
+        with cells.plate():
+            total = pyro.sample("library", dist.Gamma(2.0, 0.01).expand([1]).to_event(1))
+            pyro.sample("x", likelihood((total / 30).expand(-1, 30)))
+
+    with pytest.raises(ProgramError, match='the model makes a parameter "rate" by pyro.param.*Hand it over as a part'):
+        simple(cells, by_param).check(cells)
+    pyro.clear_param_store()
+    with pytest.raises(ProgramError, match=r"observe it, pyro.sample\(.*obs=cells.x"):
+        simple(cells, unobserved).check(cells)
+
+
+def test_an_anndata_or_a_class_in_the_wrong_place_is_explained(cells, adata):
+    with pytest.raises(TypeError, match="expected Cells, not AnnData.*from_anndata"):
+        pyrosc.scvi(adata)
+    with pytest.raises(ProgramError, match=r"call it: likelihood=NBLikelihood\(\)"):
+        tiny(cells, likelihood=NBLikelihood)
+    with pytest.raises(ProgramError, match=r"pyrosc\.Prior\(dist\.Normal"):
+        tiny(cells, prior=dist.Normal(0.0, 1.0))
 
 
 def test_the_mean_field_condition_is_an_error_that_names_both_sites(cells):
@@ -469,6 +525,8 @@ def test_generate_draws_from_the_prior_and_pins_what_is_fixed(cells):
     assert drawn["z"].abs().sum() == 0
     torch.testing.assert_close(drawn["library"], cells.library)
     assert (drawn["x"] >= 0).all()
+    with pytest.raises(ValueError, match='fixed= names "zz"'):
+        program.generate(cells, fixed={"zz": torch.zeros(1)})
     assert torch.equal(drawn["x"], program.generate(cells, fixed={"z": torch.zeros(120, 3)}, seed=1)["x"])
     assert made_up["x"].shape == (7, 30)
     mean = program.generate(5000, seed=2)["x"].sum(-1).mean()

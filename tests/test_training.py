@@ -335,9 +335,11 @@ def test_epochs_follow_the_number_of_cells():
         (dict(lr=1e6), r"lr must be in \(0, 1\], not 1000000"),  # row 66
         (dict(lr=math.nan), "lr must be"),
         (dict(lr=0), "lr must be"),
+        (dict(lr="1e-3"), "lr must be a number, not '1e-3'"),
         (dict(lr=-1), "lr must be"),
         (dict(validation=[3, 200]), "there is no cell 200; there are 200"),  # row 67
         (dict(validation=[3, 7, 3]), "names cell 3 twice"),
+        (dict(validation=[1.0, 2.0]), "whole positions"),
         (dict(validation=list(range(200))), "both sides need some"),
         (dict(seed=1.5), "seed must be a whole number"),  # row 68
         (dict(seed=-1), "seed must be a whole number"),
@@ -364,7 +366,7 @@ def test_a_misspelt_argument_is_named(cells):  # row 64
 
 
 def test_a_misspelt_story_or_part_lists_what_there_is():  # row 65
-    with pytest.raises(AttributeError, match="scvii"):
+    with pytest.raises(AttributeError, match='no "scvii". Did you mean "scvi".*"NBLikelihood"'):
         pyrosc.scvii  # noqa: B018
 
 
@@ -377,6 +379,10 @@ def test_cuda_without_cuda_is_an_error_not_a_fallback(cells):  # row 69
 def test_a_minibatch_cannot_be_fitted(cells):
     with pytest.raises(ValueError, match="whole data set"):
         quick(tiny(cells), cells.minibatch(range(10)))
+
+
+def test_an_anndata_is_brought_into_order(cells, tissue):
+    assert same(quick(tiny(cells), tissue[:200].copy()).program, quick(tiny(cells), cells).program)
 
 
 def test_what_is_no_program_is_refused(cells):
@@ -404,7 +410,7 @@ class Breaks(Part):
 def test_a_loss_that_is_not_finite_names_site_cell_gene_and_keeps_the_last_good_state(cells):  # row 71
     program = tiny(cells, likelihood=Breaks(12), dispersion=None)
 
-    with pytest.raises(FitError, match=r'the loss became (inf|nan) at step \d+.*"x", for \d+ of \d+ cells.*gene "gene3", count \d+ where the mean is 0.*Lower lr \(now 0.01\)') as error:  # fmt: skip
+    with pytest.raises(FitError, match=r'the loss became (inf|nan) at step \d+.*"x", for \d+ of \d+ cells \(first: cell "cell\d+", gene "gene3", count \d+ where the mean is 0.*Lower lr \(now 0.01\)') as error:  # fmt: skip
         quick(program, cells, epochs=30, lr=0.01, warmup=0.0)
 
     last = error.value.fit
@@ -506,7 +512,41 @@ def test_unused_latents_are_said(tissue):  # row 92
     cells = Cells.from_counts(noise)
 
     with pytest.warns(PyroscWarning, match="posterior collapse|latent dimensions are unused"):
-        pyrosc.fit(pyrosc.scvi(cells, n_latent=5, n_hidden=8), cells, epochs=60, lr=0.02, progress=False)
+        result = pyrosc.fit(pyrosc.scvi(cells, n_latent=5, n_hidden=8), cells, epochs=60, lr=0.02, progress=False)
+
+    assert result.history["active_units"].iloc[-1] < 5
+
+
+def test_a_frozen_program_has_nothing_to_fit_and_frozen_parts_stay(cells):
+    program = tiny(cells)
+    program.parts["decoder"].requires_grad_(False)
+    before = [p.clone() for p in program.parts["decoder"].parameters()]
+    result = quick(program, cells)
+
+    assert all(torch.equal(a, b) for a, b in zip(before, result.program.parts["decoder"].parameters()))
+    program.requires_grad_(False)
+    with pytest.raises(ValueError, match="every weight is frozen"):
+        quick(program, cells)
+
+
+def test_validation_of_torch_stays_as_the_user_set_it(cells):
+    torch.distributions.Distribution.set_default_validate_args(False)
+    try:
+        quick(tiny(cells), cells, epochs=1)
+        assert torch.distributions.Distribution._validate_args is False
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(True)
+
+
+def test_only_weights_of_linear_layers_are_drawn_to_zero(cells):
+    free, held = (quick(tiny(cells), cells, epochs=40, warmup=0.0, weight_decay=w).program for w in (0.0, 5.0))
+
+    def size(program, name):
+        return float(dict(program.named_parameters())[name].abs().mean())
+
+    assert size(held, "parts.decoder.out.weight") < 0.6 * size(free, "parts.decoder.out.weight")
+    for name in ("parts.decoder.out.bias", "parts.encoder.layers.1.weight"):
+        assert size(held, name) > 0.7 * size(free, name)
 
 
 def test_an_elbo_still_rising_is_said(cells):  # row 93

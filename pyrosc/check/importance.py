@@ -25,8 +25,8 @@ from ..posterior import Fit
 def pareto_k(log_weights: Tensor) -> Tensor:
     """(n,) Pareto shape of the upper tail of weights (S, n), S at least 100.
 
-    The largest min(S / 5, 3 sqrt(S)) weights of each column are used. Their estimate is
-    pulled towards 0.5 as by ten more draws, as Vehtari et al. advise.
+    The largest min(S / 5, 3 sqrt(S)) weights of each column are used. Pyro's estimate pulls towards
+    0.5 as ten more tail weights there would, as Vehtari et al. advise.
 
     Raises
     ------
@@ -42,7 +42,7 @@ def pareto_k(log_weights: Tensor) -> Tensor:
     found = []
     for column in largest.unbind(-1):
         k, _ = fit_generalized_pareto(column[1:] - column[0])
-        found.append((n_tail * float(k) + 5) / (n_tail + 10))
+        found.append(float(k))
     return torch.tensor(found, dtype=torch.float64)
 
 

@@ -27,7 +27,7 @@ from ..libraries import GivenLibrary, ObservedLibrary
 from ..likelihoods import NBLikelihood
 from ..networks import Decoder, Encoder
 from ..priors import Prior
-from ..program import Program
+from ..program import Program, require_cells
 
 
 def model(cells: Cells, *, prior: Any, library: Any, dispersion: Any, decoder: Any, likelihood: Any) -> None:
@@ -110,6 +110,7 @@ def scvi(
     >>> program.parts["prior"]
     Prior(Laplace, 0, 1, size=2)
     """
+    require_cells(cells)
     if "dispersion" in parts and parts["dispersion"] is None:
         parts["dispersion"] = NoDispersion()
     encoder = parts.get("encoder")

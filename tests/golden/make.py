@@ -23,5 +23,8 @@ if __name__ == "__main__":
         "genes": list(cells.schema.genes),
         "batch": few.obs["batch"].tolist(),
         "latent": fit.latent(few).tolist(),
+        "latent_sd": fit.latent_sd(few).tolist(),
+        "elbo": fit.elbo(few, n_draws=500).tolist(),
+        "expression": fit.expression(few, n_draws=500).to_numpy().tolist(),
     }
     path.with_suffix(".json").write_text(json.dumps(expected))

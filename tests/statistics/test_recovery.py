@@ -8,7 +8,9 @@ import pyrosc
 from pyrosc import Cells
 
 # A latent dimension more than this tissue needs is said in a warning; that is as it should be.
-pytestmark = pytest.mark.filterwarnings("ignore:.*latent dimensions are unused:pyrosc.PyroscWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*latent dimensions are unused:pyrosc.PyroscWarning", "ignore:.*still rising:pyrosc.PyroscWarning"
+)
 
 
 @pytest.fixture(scope="module")
