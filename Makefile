@@ -8,10 +8,10 @@ TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q
 
 setup: .venv/ready
 
+# torch first and alone: the constraint takes a CPU build where one is at hand.
 .venv/ready: setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
-	# torch first and alone: the constraint takes a CPU build where one is at hand.
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
