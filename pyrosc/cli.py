@@ -15,6 +15,7 @@ from typing import Any
 
 import anndata
 import numpy as np
+import torch
 
 from . import __version__
 from .cells import Cells
@@ -68,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     own.add_argument("--genes", help="column of var that marks the genes to use, such as highly_variable")
     own.add_argument("--latent", type=int, default=10, help="latent dimensions (default: 10)")
-    own.add_argument("--gene", help="the gene whose expression is shown (default: the most variable)")
+    own.add_argument("--gene", help="the gene whose expression is shown (default: the one that tells types apart most)")
     own.set_defaults(command=_fit)
     for command, folder in ((demo, "demo"), (own, "pyrosc_fit")):
         command.add_argument(
@@ -191,12 +192,24 @@ def _recovery(cells: Cells, z: np.ndarray) -> str:
     return "\n".join(lines)
 
 
+def _telling_gene(cells: Cells) -> str:
+    """The gene whose share differs most between types (on the root scale, types weighed by size), else between cells."""
+    sums = cells.gene_sums()
+    if cells.schema.label is None:
+        mean = sums.counts / len(cells)
+        return cells.schema.genes[int((sums.squares / len(cells) - mean**2).div(mean + 0.1).argmax())]
+    overall = (sums.counts / sums.counts.sum()).sqrt()
+    apart = torch.zeros_like(overall)
+    for kind in range(cells.schema.n_labels):
+        counts = cells[(cells.label == kind)].gene_sums().counts
+        apart += (cells.label == kind).double().mean() * ((counts / counts.sum().clamp(min=1)).sqrt() - overall) ** 2
+    return cells.schema.genes[int(apart.argmax())]
+
+
 def _expression(result: Fit, cells: Cells, gene: str | None) -> str:
     """One gene in a few cells, with its uncertainty."""
     if gene is None:
-        sums = cells.gene_sums()
-        share = sums.counts / len(cells)
-        gene = cells.schema.genes[int((sums.squares / len(cells) - share**2).div(share + 0.1).argmax())]
+        gene = _telling_gene(cells)
     # One cell of each of the commonest types, where there are types.
     at = np.linspace(0, len(cells) - 1, 5).astype(int)
     if cells.schema.label is not None:
