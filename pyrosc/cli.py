@@ -193,7 +193,7 @@ def _recovery(cells: Cells, z: np.ndarray) -> str:
 
 
 def _telling_gene(cells: Cells) -> str:
-    """The gene whose share differs most between types (on the root scale, types weighed by size), else between cells."""
+    """The gene whose share differs most between types (as roots, types weighed by size), else between cells."""
     sums = cells.gene_sums()
     if cells.schema.label is None:
         mean = sums.counts / len(cells)
