@@ -254,24 +254,20 @@ def table(results: list[dict[str, Any]]) -> str:
     reference = {
         r["split"]: np.array(r["test_log_likelihood"]) for r in results if r["arm"] == "pyrosc" and "test_k_hat" in r
     }
-    ours = np.median([r["seconds"] for r in results if r["arm"] == "pyrosc"])
+    ours = np.median([r["seconds"] for r in results if r["arm"] == "pyrosc"]) if reference else float("nan")
     for arm in ARMS:
         mine = [r for r in results if r["arm"] == arm]
         scored = [r for r in mine if "test_k_hat" in r]
         if not scored:
             continue
         likelihood = np.concatenate([r["test_log_likelihood"] for r in scored])
-        ahead = np.concatenate(
-            [reference[r["split"]] - np.array(r["test_log_likelihood"]) for r in scored if r["split"] in reference]
-        )
-        spread = 1.96 * ahead.std(ddof=1) / np.sqrt(len(ahead)) if arm != "pyrosc" else 0
         k_hat = np.concatenate([r["test_k_hat"] for r in scored])
         seconds = np.median([r["seconds"] for r in mine])
-        versus = (
-            ""
-            if arm == "pyrosc"
-            else f"{ahead.mean():+.2f} ({ahead.mean() - spread:+.2f}, {ahead.mean() + spread:+.2f})"
-        )
+        versus = ""
+        if arm != "pyrosc" and reference:
+            ahead = np.concatenate([reference[r["split"]] - np.array(r["test_log_likelihood"]) for r in scored])
+            spread = 1.96 * ahead.std(ddof=1) / np.sqrt(len(ahead))
+            versus = f"{ahead.mean():+.2f} ({ahead.mean() - spread:+.2f}, {ahead.mean() + spread:+.2f})"
         ari, nmi, mixing = (np.mean([r[k] for r in mine]) for k in ("ari", "nmi", "donor_mixing"))
         sd = np.std([r["ari"] for r in mine], ddof=1) if len(mine) > 1 else float("nan")
         epochs = ", ".join(f"{r['epochs']} ({r['best_epoch']})" for r in mine)
