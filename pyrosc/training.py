@@ -333,7 +333,8 @@ class _Run:
                 else:
                     since_best += 1
                 bar.set_postfix(
-                    {"elbo": f"{row.get('validation_elbo', row['train_elbo']):.1f}", "kl": f"{self.weight:.2f}"}
+                    {"elbo": f"{row.get('validation_elbo', row['train_elbo']):.1f}", "kl": f"{self.weight:.2f}"},
+                    refresh=False,
                 )
                 bar.update()
                 if interrupted.is_set():
