@@ -9,6 +9,7 @@ goes into ``notes``, which ``cells.py`` makes into one warning.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -45,12 +46,18 @@ def read_layer(adata: anndata.AnnData, layer: str | None, notes: list[str]) -> C
     matrix = adata.X if layer is None else adata.layers[layer]
     if matrix is None:
         raise ValueError(f"adata.X is empty (None). {remedy_of(adata, layer)}")
-    if adata.isbacked and layer is None:
-        logger.info("reading %s into memory; it will not be needed again", adata.filename)
+    began = time.perf_counter()
     try:
-        return read_counts(matrix, where, adata.obs_names, adata.var_names, remedy_of(adata, layer), notes)
+        counts = read_counts(matrix, where, adata.obs_names, adata.var_names, remedy_of(adata, layer), notes)
     except OSError as error:
         raise ValueError(f"could not read the counts of {adata.filename}: {error}") from error
+    if adata.isbacked and layer is None:
+        seconds = time.perf_counter() - began
+        logger.info(
+            "read %s into memory: %.1f MB of counts in %.1f s, %.0f MB a second; the file is not needed again",
+            adata.filename, counts.nbytes / 1e6, seconds, counts.nbytes / 1e6 / seconds,
+        )  # fmt: skip
+    return counts
 
 
 def check_names(adata: anndata.AnnData, notes: list[str]) -> None:

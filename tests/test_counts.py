@@ -229,6 +229,14 @@ def test_csc_is_converted_privately_with_its_size_said(adata, caplog):  # row 27
     assert adata.X.format == "csc"
 
 
+def test_csc_that_would_not_fit_is_refused_with_the_remedy(adata, monkeypatch):  # row 27
+    monkeypatch.setattr("pyrosc.counts.available_memory", lambda: 1000)
+    adata.X = adata.X.tocsc()
+
+    with pytest.raises(ValueError, match="a copy of adata.X by rows .* would take .* are free.*tocsr"):
+        Cells.from_anndata(adata)
+
+
 def test_coo_is_refused_with_the_remedy(adata):  # row 28
     with pytest.raises(TypeError, match="tocsr"):
         Cells.from_counts(adata.X.tocoo())
@@ -301,12 +309,14 @@ def test_views_are_read(adata):  # row 35
 
 
 @pytest.mark.parametrize("form", [sparse.csr_matrix, sparse.csc_matrix, np.asarray])
-def test_backed_files_are_read_and_may_then_vanish(adata, form, tmp_path):  # rows 36, 37
+def test_backed_files_are_read_and_may_then_vanish(adata, form, tmp_path, caplog):  # rows 36, 37
     dense = adata.X.toarray()
     with_x(adata, form(dense)).write_h5ad(tmp_path / "a.h5ad")
     backed = anndata.read_h5ad(tmp_path / "a.h5ad", backed="r")
 
-    cells = Cells.from_anndata(backed)
+    with caplog.at_level("INFO", "pyrosc"):
+        cells = Cells.from_anndata(backed)
+    assert "MB a second; the file is not needed again" in caplog.text
     backed.file.close()
     (tmp_path / "a.h5ad").unlink()
 
