@@ -3,15 +3,23 @@
 from typing import Any
 
 from .cells import Cells
-from .dispersions import GeneDispersion, NoDispersion
+from .dispersions import (
+    BatchDispersion,
+    CellDispersion,
+    GeneDispersion,
+    InverseSqrtPrior,
+    LabelDispersion,
+    NoDispersion,
+    TrendPrior,
+)
 from .errors import FitError, ProgramError, PyroscWarning
-from .libraries import GivenLibrary, ObservedLibrary
+from .libraries import GivenLibrary, LatentLibrary, ObservedLibrary
 from .likelihoods import NBLikelihood, PoissonLikelihood, ZINBLikelihood
 from .models.scvi import scvi
-from .networks import Decoder, Encoder
+from .networks import Decoder, Encoder, LinearDecoder
 from .parts import Part
 from .posterior import Fit
-from .priors import Prior
+from .priors import FlowPrior, MixturePrior, Prior, VampPrior
 from .program import Program
 from .schema import Schema
 from .store import load
@@ -30,12 +38,22 @@ __all__ = [  # noqa: RUF022
     "Program",
     "Part",
     "Prior",
+    "MixturePrior",
+    "VampPrior",
+    "FlowPrior",
     "Encoder",
     "Decoder",
-    "GeneDispersion",
-    "NoDispersion",
+    "LinearDecoder",
     "ObservedLibrary",
+    "LatentLibrary",
     "GivenLibrary",
+    "GeneDispersion",
+    "BatchDispersion",
+    "LabelDispersion",
+    "CellDispersion",
+    "NoDispersion",
+    "InverseSqrtPrior",
+    "TrendPrior",
     "NBLikelihood",
     "ZINBLikelihood",
     "PoissonLikelihood",

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,6 +102,7 @@ class Cells:
         self._x: Tensor | None = None
         self._plate: Any = None
         self._running = False
+        self._memo: dict[Any, Any] | None = None
         self.dtype = torch.float32
         self.total = len(library)
 
@@ -435,6 +436,11 @@ class Cells:
         return f"Cells({len(self):,}{of} cells x {self.n_genes:,} genes" + "".join(f", {c}" for c in columns) + ")"
 
     @property
+    def is_running(self) -> bool:
+        """Whether these are the cells of one run of a model or guide."""
+        return self._running
+
+    @property
     def n_genes(self) -> int:
         return self.schema.n_genes
 
@@ -541,17 +547,25 @@ class Cells:
             self._plate = plate
         return plate
 
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What ``make()`` gives, computed once in a run of model or guide for this key."""
+        if self._memo is None:
+            return make()
+        if key not in self._memo:
+            self._memo[key] = make()
+        return self._memo[key]
+
     # ---- other cells from these ------------------------------------------------------------
 
     def _copy(self, **changes: Any) -> Cells:
         new = copy.copy(self)
-        new.__dict__.update(changes)
+        new.__dict__.update({"_memo": None} | changes)
         return new
 
     def running(self) -> Cells:
         """The same cells for one run of a model or guide: they remember their plate, and share the dense counts."""
         _ = self.x
-        return self._copy(_running=True, _plate=None)
+        return self._copy(_running=True, _plate=None, _memo={})
 
     def rows(self, rows: Tensor, *, whole: bool) -> Cells:
         """These rows without annotation: a mini-batch (``whole=False`` keeps the total), or a block of its own."""

@@ -1,25 +1,39 @@
 """The evidence lower bound of each cell, and the weight of its KL terms in training.
 
 ELBO = E_q[log p(x | latents)] - sum over latent sites of KL(q || p)
+
+Discrete sites that a story marks with ``infer={"enumerate": "parallel"}`` are summed out exactly, cell by cell:
+
+ELBO = E_q[log sum_y p(y) p(z | y) p(x | z, y)] - E_q[log q(z)]
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyro
 import torch
+from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from .cells import Cells
-from .program import Program, analytic_kl, is_computed
+from .guides import is_computed, is_enumerated
+from .program import Program, analytic_kl
 
 
 def in_cells(site: Any) -> bool:
     """Whether a site is drawn for each cell."""
     return any(f.name == "cells" for f in site["cond_indep_stack"])
+
+
+def of_cells(values: Tensor, n_front: int = 0) -> Tensor:
+    """(..., n) log densities of a site in the plate of cells, summed over plates inside it: (front, n)."""
+    inner = tuple(range(n_front, values.dim() - 1))
+    return values.sum(inner) if inner else values
 
 
 def kl(guide_site: Any, model_site: Any) -> Tensor:
@@ -57,25 +71,103 @@ def elbo_terms(program: Program, cells: Cells) -> Terms:
 
     Each is as of one cell: plate scales do not enter.
     """
-    guide, model = program.traces(cells)
+    guide = poutine.trace(program.guide).get_trace(cells)
+    model = follow(program, guide, cells)
     drawn: dict[str, Any] = guide.nodes
     nodes: dict[str, Any] = model.nodes
     terms = Terms(cells.library.new_zeros(len(cells)))
+    summed = Enumerated(program.n_plates)
     for name, site in nodes.items():
         if site["type"] != "sample" or site_is_subsample(site) or is_computed(site):
             continue
-        if site["is_observed"]:
-            terms.reconstruction = terms.reconstruction + site["fn"].log_prob(site["value"])
+        if name in program.enumerated or summed.concerns(site):
+            summed.add(name, site)
+        elif site["is_observed"]:
+            terms.reconstruction = terms.reconstruction + of_cells(site["fn"].log_prob(site["value"]))
         elif in_cells(site):
-            terms.local_kl[name] = kl(drawn[name], site)
+            terms.local_kl[name] = of_cells(kl(drawn[name], site))
         else:
             terms.global_kl[name] = kl(drawn[name], site).sum()
+    if program.enumerated:
+        # The KL of a site whose prior depends on y is against its prior with y summed out.
+        joint, prior = summed.logsumexp()
+        terms.reconstruction = terms.reconstruction + joint - prior
+        for name in summed.latent:
+            term = of_cells(drawn[name]["fn"].log_prob(drawn[name]["value"]))
+            terms.local_kl[name] = term - prior
+            prior = torch.zeros_like(prior)
+        terms.reconstruction = terms.reconstruction + prior
     if "z" in terms.local_kl:
         try:
             terms.z_mean = drawn["z"]["fn"].mean
         except NotImplementedError:
             pass
     return terms
+
+
+def follow(program: Program, guide: poutine.Trace, cells: Cells, n_draws: int | None = None) -> poutine.Trace:
+    """The model along a guide's draws; discrete sites that are summed out take all their values at once.
+
+    With ``n_draws`` the guide holds that many draws of every site, in front of the plates.
+    """
+
+    def model(cells: Cells) -> None:
+        with draws_plate(program, n_draws):
+            program.model(cells)
+
+    run: Any = poutine.replay(model, trace=guide)
+    if program.enumerated:
+        run = poutine.enum(run, first_available_dim=-1 - program.n_plates - (n_draws is not None))
+    return poutine.trace(run).get_trace(cells)
+
+
+def draws_plate(program: Program, n_draws: int | None) -> Any:
+    """A plate in front of the story's own; none for None."""
+    return nullcontext() if n_draws is None else pyro.plate("draws", n_draws, dim=-1 - program.n_plates)
+
+
+class Enumerated:
+    """Log densities of the sites of a run that depend on enumerated values.
+
+    Their batch shapes are (values..., draws, plates, n), with draws where ``has_draws``.
+    """
+
+    def __init__(self, n_plates: int, has_draws: bool = False) -> None:
+        self.n_batch, self.n_draws = n_plates + has_draws, int(has_draws)
+        self.all: list[Tensor] = []
+        self.priors: list[Tensor] = []
+        self.latent: list[str] = []
+
+    def concerns(self, site: Any) -> bool:
+        """Whether the site's density depends on an enumerated value."""
+        return len(site["fn"].batch_shape) > self.n_batch
+
+    def add(self, name: str, site: Any) -> None:
+        """Count a site in."""
+        value = site["fn"].log_prob(site["value"])
+        self.all.append(value)
+        if not site["is_observed"]:
+            self.priors.append(value)
+            if not is_enumerated(site):
+                self.latent.append(name)
+
+    @property
+    def front(self) -> torch.Size:
+        """Numbers of values of the enumerated sites."""
+        shape = torch.broadcast_shapes(*(v.shape for v in self.all))
+        return shape[: len(shape) - self.n_batch]
+
+    def table(self, values: list[Tensor] | None = None) -> Tensor:
+        """(combinations of values, draws, n) log densities, plates inside the cells' summed."""
+        front, total = self.front, torch.zeros(())
+        for value in self.all if values is None else values:
+            value = value.expand(*front, *value.shape[max(value.dim() - self.n_batch, 0) :])
+            total = total + of_cells(value, len(front) + self.n_draws)
+        return total.flatten(0, len(front) - 1)
+
+    def logsumexp(self) -> tuple[Tensor, Tensor]:
+        """(draws, n) log of the sum over values: of all densities, and of those of latent sites alone."""
+        return self.table().logsumexp(0), self.table(self.priors).logsumexp(0)
 
 
 class KLWeight(Messenger):
@@ -105,6 +197,6 @@ class KLWeight(Messenger):
         with torch.no_grad():
             for name, (guide_site, model_site) in self._sites.items():
                 term = kl(guide_site, model_site)
-                terms[name] = term.mean() if in_cells(model_site) else term.sum() / total
+                terms[name] = of_cells(term).mean() if in_cells(model_site) else term.sum() / total
         self._sites = {}
         return terms

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
+import torch
 from torch import Tensor, nn
 
 from .cells import Cells
@@ -31,3 +34,38 @@ class GivenLibrary(Part):
     def forward(self, cells: Cells) -> Tensor:
         given: Any = cells.size_factor  # there, as build() saw to
         return pyro.deterministic("library", given, event_dim=1)
+
+
+class LatentLibrary(Part):
+    """An unknown expected total, (n, 1): log library ~ Normal(mean[b], sd[b]) for a cell of batch b.
+
+    The observed total then scatters around it. A guide that leaves ``library`` out is completed.
+
+    Parameters
+    ----------
+    mean, sd : of the log of the expected total; None takes those of log observed totals in each batch
+        (the schema's; Lopez et al. 2018)
+    """
+
+    def __init__(self, mean: float | None = None, sd: float | None = None) -> None:
+        if mean is not None and not math.isfinite(mean):
+            raise ValueError(f"mean is that of log counts, such as 7.0, not {mean!r}")
+        if sd is not None and not 0 < sd < math.inf:
+            raise ValueError(f"sd must be positive, not {sd!r}")
+        super().__init__(mean=mean, sd=sd)
+
+    def build(self, schema: Schema, sizes: Mapping[str, int], parts: Mapping[str, nn.Module]) -> None:
+        if schema.size_factor is not None:
+            raise ProgramError(
+                "with given size factors rho is a rate, so a latent library could not be told apart from it: "
+                "use GivenLibrary(), or make cells without size_factor="
+            )
+        a = self.arguments
+        means = torch.tensor(schema.log_library_mean)
+        sds = torch.tensor(schema.log_library_sd)
+        self.register_buffer("mean", means if a["mean"] is None else torch.full_like(means, a["mean"]))
+        self.register_buffer("sd", sds if a["sd"] is None else torch.full_like(sds, a["sd"]))
+
+    def forward(self, cells: Cells) -> Tensor:
+        mean, sd = (numbers[cells.batch].unsqueeze(-1) for numbers in (self.mean, self.sd))
+        return pyro.sample("library", dist.LogNormal(mean, sd).to_event(1))

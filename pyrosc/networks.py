@@ -1,11 +1,20 @@
 """Networks: encoders and decoders, and how covariates enter them. No probability here.
 
 All take leading dimensions (draws, enumeration) before the cells: inputs are (..., n, C).
+Covariates (batch, further columns) can enter a network in three ways, by its argument ``covariates=``:
+
+    "first"  joined to the input of the first layer
+    "deep"   joined to the input of every layer
+    "norm"   as a shift and scale of each hidden layer after its norm (conditional normalisation)
+
+False keeps them out. ``embedding=e`` gives a column of more than e levels e learned numbers a
+level instead of one weight a level.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,26 +24,55 @@ from .errors import ProgramError
 from .parts import Part
 from .schema import Schema
 
+WAYS = ("first", "deep", "norm")
+
 
 class Covariates(nn.Module):
-    """What networks see of the columns: (n, C), one-hot levels and standardised numbers.
+    """What networks see of the columns: (n, C), levels as one-hot or learned numbers, and standardised numbers.
 
     The batch, the further categorical columns and the continuous ones; labels and
     samples are the business of stories. A column with one level says nothing and is
     left out.
+
+    Parameters
+    ----------
+    embedding : e, for columns of more than e levels; None for one-hot throughout
     """
 
-    def __init__(self, schema: Schema) -> None:
+    def __init__(self, schema: Schema, embedding: int | None = None) -> None:
         super().__init__()
         factors = [f for f in (schema.batch, *schema.categorical) if f is not None and len(f) > 1]
         self.factors = [(f.column, len(f)) for f in factors]
         self.columns = [c.column for c in schema.continuous]
-        self.width = sum(n for _, n in self.factors) + len(self.columns)
+        self.n_columns = sum(n for _, n in self.factors) + len(self.columns)
+        embedded = [n for _, n in self.factors if embedding is not None and n > embedding]
+        self.embeddings = nn.ParameterList(torch.randn(n, embedding or 1) / (embedding or 1) ** 0.5 for n in embedded)
+        self.is_embedded = [embedding is not None and n > embedding for _, n in self.factors]
+        self.width = self.n_columns - sum(n - (embedding or 0) for n in embedded)
 
-    def forward(self, cells: Cells) -> Tensor:
+    def one_hot(self, cells: Cells) -> Tensor:
+        """(n, n_columns) levels as one-hot and standardised numbers."""
         pieces = [nn.functional.one_hot(cells.codes[name], n).to(cells.library) for name, n in self.factors]
         pieces += [cells.values[name].unsqueeze(-1) for name in self.columns]
         return torch.cat(pieces, -1) if pieces else cells.library.new_zeros(len(cells), 0)
+
+    def soften(self, logits: Tensor) -> Tensor:
+        """(..., n_columns) free numbers as shares of levels, summing to 1 for each column, and numbers."""
+        sizes = [n for _, n in self.factors] + [len(self.columns)]
+        *levels, numbers = logits.split(sizes, -1)
+        return torch.cat([*(piece.softmax(-1) for piece in levels), numbers], -1)
+
+    def embed(self, one_hot: Tensor) -> Tensor:
+        """(..., n_columns) shares of levels to (..., C), what a network is handed."""
+        if not len(self.embeddings):
+            return one_hot
+        tables = iter(self.embeddings)
+        *levels, numbers = one_hot.split([n for _, n in self.factors] + [len(self.columns)], -1)
+        pieces = [piece @ next(tables) if embedded else piece for piece, embedded in zip(levels, self.is_embedded)]
+        return torch.cat([*pieces, numbers], -1)
+
+    def forward(self, cells: Cells) -> Tensor:
+        return self.embed(self.one_hot(cells))
 
 
 def join(values: Tensor, covariates: Tensor | None) -> Tensor:
@@ -44,30 +82,103 @@ def join(values: Tensor, covariates: Tensor | None) -> Tensor:
     return torch.cat([values, covariates.expand(*values.shape[:-1], covariates.shape[-1])], -1)
 
 
-class Layers(nn.Sequential):
-    """Hidden layers: linear, LayerNorm, ReLU, dropout.
+class Norm(nn.Module):
+    """LayerNorm or BatchNorm over hidden units, with a shift and scale by covariates where they are given.
 
-    LayerNorm rather than BatchNorm: it does not mix cells, has no running statistics to go
+    h' = norm(h) (1 + A c) + B c for covariates c. BatchNorm takes any leading dimensions as
+    further rows; in training a single row is normalised by the running statistics, having none of its own.
+    """
+
+    def __init__(self, kind: str, n_hidden: int, n_covariates: int = 0) -> None:
+        super().__init__()
+        # Momentum and epsilon of BatchNorm as in scvi-tools.
+        self.norm: Any = (
+            nn.LayerNorm(n_hidden) if kind == "layer" else nn.BatchNorm1d(n_hidden, momentum=0.01, eps=1e-3)
+        )
+        self.is_batch = kind == "batch"
+        if n_covariates:
+            self.scale = nn.Linear(n_covariates, n_hidden, bias=False)
+            self.shift = nn.Linear(n_covariates, n_hidden, bias=False)
+            nn.init.normal_(self.scale.weight, std=0.02)
+            nn.init.zeros_(self.shift.weight)
+
+    def forward(self, hidden: Tensor, covariates: Tensor | None = None) -> Tensor:
+        hidden = self._batch(hidden) if self.is_batch else self.norm(hidden)
+        if covariates is None:
+            return hidden
+        return hidden * (1 + self.scale(covariates)) + self.shift(covariates)
+
+    def _batch(self, hidden: Tensor) -> Tensor:
+        rows, norm = hidden.reshape(-1, hidden.shape[-1]), self.norm
+        if norm.training and len(rows) == 1:
+            moments = norm.running_mean, norm.running_var
+            rows = nn.functional.batch_norm(rows, *moments, norm.weight, norm.bias, False, 0.0, norm.eps)
+        else:
+            rows = norm(rows)
+        return rows.view(hidden.shape)
+
+
+class Layer(nn.Module):
+    """One hidden layer: linear, norm, ReLU, dropout."""
+
+    def __init__(self, n_in: int, n_hidden: int, dropout: float, norm: str | None, n_conditions: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(n_in, n_hidden)
+        self.norm = None if norm is None else Norm(norm, n_hidden, n_conditions)
+        self.dropout = dropout
+
+    def forward(self, values: Tensor, conditions: Tensor | None) -> Tensor:
+        hidden = self.linear(values)
+        hidden = hidden if self.norm is None else self.norm(hidden, conditions)
+        return nn.functional.dropout(hidden.relu(), self.dropout, self.training)
+
+
+class Layers(nn.ModuleList):
+    """Hidden layers, and the one place that decides how covariates enter them.
+
+    LayerNorm is the default: it does not mix cells, has no running statistics to go
     stale, and takes any number of cells and leading dimensions.
     """
 
-    def __init__(self, n_in: int, n_hidden: int, n_layers: int, dropout: float) -> None:
-        layers: list[nn.Module] = []
-        for i in range(n_layers):
-            layers += [nn.Linear(n_in if i == 0 else n_hidden, n_hidden), nn.LayerNorm(n_hidden), nn.ReLU()]
-            layers += [nn.Dropout(dropout)] if dropout else []
-        super().__init__(*layers)
+    def __init__(
+        self, n_in: int, n_covariates: int, way: str, n_hidden: int, n_layers: int, dropout: float, norm: str | None
+    ) -> None:
+        self.way = way if n_covariates else "none"
+        conditions = n_covariates if self.way == "norm" else 0
+        super().__init__(
+            Layer((n_hidden if i else n_in) + self._joins(i) * n_covariates, n_hidden, dropout, norm, conditions)
+            for i in range(n_layers)
+        )
+
+    def _joins(self, i: int) -> bool:
+        return self.way == "deep" or (self.way == "first" and i == 0)
+
+    def forward(self, values: Tensor, covariates: Tensor | None) -> Tensor:
+        for i, layer in enumerate(self):
+            values = join(values, covariates) if self._joins(i) else values
+            values = layer(values, covariates if self.way == "norm" else None)
+        return values
 
 
-def _check_sizes(**sizes: int) -> None:
+def _check_network(dropout: float, covariates: bool | str, norm: str | None, **sizes: Any) -> bool | str:
+    """``covariates`` as False or the way they enter."""
     for name, value in sizes.items():
-        if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
+        if value is not None and (isinstance(value, bool) or not hasattr(value, "__index__") or value < 1):
             raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
-
-
-def _check_dropout(dropout: float) -> None:
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), not {dropout!r}")
+    if norm not in ("layer", "batch", None):
+        raise ValueError(f'norm must be "layer", "batch" or None, not {norm!r}')
+    if not isinstance(covariates, bool) and covariates not in WAYS:
+        raise ValueError(f'covariates must be False, "first", "deep" or "norm", not {covariates!r}')
+    if covariates == "norm" and norm is None:
+        raise ValueError('covariates="norm" scales the output of a norm layer: pass norm="layer" with it')
+    return "first" if covariates is True else covariates
+
+
+def _covariates(schema: Schema, way: bool | str, embedding: int | None) -> Covariates | None:
+    made = Covariates(schema, embedding) if way else None
+    return made if made is not None and made.width else None
 
 
 class Encoder(Part):
@@ -75,9 +186,11 @@ class Encoder(Part):
 
     Parameters
     ----------
-    n_latent : K
+    n_latent : K; None for features only, to guide completed sites with
     n_hidden, n_layers, dropout : width, number and dropout rate of the hidden layers
-    covariates : whether the encoder sees batch and other columns, joined to the counts
+    covariates : how it sees batch and other columns: False (not at all), "first" (or True), "deep", "norm"
+    norm : "layer", "batch" or None
+    embedding : e, for columns of more than e levels; None for one-hot
 
     Notes
     -----
@@ -87,37 +200,82 @@ class Encoder(Part):
 
     def __init__(
         self,
-        n_latent: int = 10,
+        n_latent: int | None = 10,
         n_hidden: int = 128,
         n_layers: int = 1,
         dropout: float = 0.1,
-        covariates: bool = False,
+        covariates: bool | str = False,
+        *,
+        norm: str | None = "layer",
+        embedding: int | None = None,
     ) -> None:
-        _check_sizes(n_latent=n_latent, n_hidden=n_hidden, n_layers=n_layers)
-        _check_dropout(dropout)
-        super().__init__(
-            n_latent=n_latent, n_hidden=n_hidden, n_layers=n_layers, dropout=dropout, covariates=covariates
+        covariates = _check_network(
+            dropout, covariates, norm, n_latent=n_latent, n_hidden=n_hidden, n_layers=n_layers, embedding=embedding
         )
+        super().__init__(
+            n_latent=n_latent, n_hidden=n_hidden, n_layers=n_layers, dropout=dropout, covariates=covariates,
+            norm=norm, embedding=embedding,
+        )  # fmt: skip
 
     @property
     def sizes(self) -> dict[str, int]:
-        return {"n_latent": self.arguments["n_latent"]}
+        n_latent = self.arguments["n_latent"]
+        return {} if n_latent is None else {"n_latent": n_latent}
 
     def build(self, schema: Schema, sizes: Mapping[str, int], parts: Mapping[str, nn.Module]) -> None:
         a = self.arguments
-        self.covariates = Covariates(schema) if a["covariates"] else None
-        width = schema.n_genes + (self.covariates.width if self.covariates else 0)
-        self.layers = Layers(width, a["n_hidden"], a["n_layers"], a["dropout"])
-        self.loc = nn.Linear(a["n_hidden"], a["n_latent"])
-        self.log_variance = nn.Linear(a["n_hidden"], a["n_latent"])
+        self.covariates = _covariates(schema, a["covariates"], a["embedding"])
+        width = self.covariates.width if self.covariates else 0
+        self.layers = Layers(
+            schema.n_genes, width, str(a["covariates"]), a["n_hidden"], a["n_layers"], a["dropout"], a["norm"]
+        )
+        if a["n_latent"] is not None:
+            self.loc = nn.Linear(a["n_hidden"], a["n_latent"])
+            self.log_variance = nn.Linear(a["n_hidden"], a["n_latent"])
+
+    @property
+    def n_features(self) -> int:
+        """Width of the last hidden layer."""
+        return self.arguments["n_hidden"]
 
     def features(self, log1p_counts: Tensor, covariates: Tensor | None = None) -> Tensor:
         """(..., n, n_hidden) last hidden layer."""
-        return self.layers(join(log1p_counts, covariates))
+        return self.layers(log1p_counts, covariates)
+
+    def read(self, cells: Cells) -> Tensor:
+        """(n, n_hidden) last hidden layer for these cells; computed once in a run of the guide."""
+        return cells.once(
+            self, lambda: self.features(cells.log1p(), self.covariates(cells) if self.covariates else None)
+        )
+
+    def moments(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(loc, scale), each (..., n, K), from the last hidden layer."""
+        return self.loc(hidden), (self.log_variance(hidden).exp() + 1e-4).sqrt()
 
     def forward(self, cells: Cells) -> tuple[Tensor, Tensor]:
-        hidden = self.features(cells.log1p(), self.covariates(cells) if self.covariates else None)
-        return self.loc(hidden), (self.log_variance(hidden).exp() + 1e-4).sqrt()
+        return self.moments(self.read(cells))
+
+
+def _start_at_profile(bias: Tensor, cells: Cells, is_share: bool) -> None:
+    """Set an output bias so that, at z = 0, every cell gets the average profile."""
+    depth = cells.depth
+    # A tenth of a count keeps the logs of genes that are never seen finite.
+    profile = (cells.gene_sums().counts + 0.1) / depth.double().sum()
+    # The inverse of a softplus is r + log(1 - e^-r), which does not overflow at a large rate.
+    with torch.no_grad():
+        bias.copy_(profile.log() if is_share else profile + (-(-profile).expm1()).log())
+
+
+def _width_of_z(sizes: Mapping[str, int], name: str) -> int:
+    if "n_latent" not in sizes:
+        raise ProgramError(f"the decoder does not know how wide z is: {name}(n_latent=...)")
+    return sizes["n_latent"]
+
+
+def _are_shares(schema: Schema) -> bool:
+    if schema.size_factor is None and schema.n_genes == 1:
+        raise ProgramError("shares of a single gene are always 1: give more genes, or a size_factor=")
+    return schema.size_factor is None
 
 
 class Decoder(Part):
@@ -127,7 +285,9 @@ class Decoder(Part):
     ----------
     n_latent : K; None takes it from the encoder
     n_hidden, n_layers, dropout : width, number and dropout rate of the hidden layers
-    covariates : whether the decoder sees batch and other columns, joined to z
+    covariates : how it sees batch and other columns: "first" (or True), "deep", "norm", False (not at all)
+    norm : "layer", "batch" or None
+    embedding : e, for columns of more than e levels; None for one-hot
 
     Notes
     -----
@@ -142,13 +302,18 @@ class Decoder(Part):
         n_hidden: int = 128,
         n_layers: int = 1,
         dropout: float = 0.0,
-        covariates: bool = True,
+        covariates: bool | str = "first",
+        *,
+        norm: str | None = "layer",
+        embedding: int | None = None,
     ) -> None:
-        _check_sizes(n_hidden=n_hidden, n_layers=n_layers)
-        _check_dropout(dropout)
-        super().__init__(
-            n_latent=n_latent, n_hidden=n_hidden, n_layers=n_layers, dropout=dropout, covariates=covariates
+        covariates = _check_network(
+            dropout, covariates, norm, n_latent=n_latent, n_hidden=n_hidden, n_layers=n_layers, embedding=embedding
         )
+        super().__init__(
+            n_latent=n_latent, n_hidden=n_hidden, n_layers=n_layers, dropout=dropout, covariates=covariates,
+            norm=norm, embedding=embedding,
+        )  # fmt: skip
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -161,27 +326,70 @@ class Decoder(Part):
 
     def build(self, schema: Schema, sizes: Mapping[str, int], parts: Mapping[str, nn.Module]) -> None:
         a = self.arguments
-        if "n_latent" not in sizes:
-            raise ProgramError("the decoder does not know how wide z is: Decoder(n_latent=...)")
-        a["n_latent"] = sizes["n_latent"]
-        self.is_share = schema.size_factor is None
-        if self.is_share and schema.n_genes == 1:
-            raise ProgramError("shares of a single gene are always 1: give more genes, or a size_factor=")
-        self.covariates = Covariates(schema) if a["covariates"] else None
-        width = a["n_latent"] + (self.covariates.width if self.covariates else 0)
-        self.layers = Layers(width, a["n_hidden"], a["n_layers"], a["dropout"])
+        a["n_latent"] = _width_of_z(sizes, "Decoder")
+        self.is_share = _are_shares(schema)
+        self.covariates = _covariates(schema, a["covariates"], a["embedding"])
+        width = self.covariates.width if self.covariates else 0
+        self.layers = Layers(
+            a["n_latent"], width, str(a["covariates"]), a["n_hidden"], a["n_layers"], a["dropout"], a["norm"]
+        )
         self.out = nn.Linear(a["n_hidden"], schema.n_genes)
 
     def start(self, cells: Cells) -> None:
-        depth = cells.depth
-        # A tenth of a count keeps the logs of genes that are never seen finite.
-        profile = (cells.gene_sums().counts + 0.1) / depth.double().sum()
-        # The inverse of a softplus is r + log(1 - e^-r), which does not overflow at a large rate.
-        bias = profile.log() if self.is_share else profile + (-(-profile).expm1()).log()
-        with torch.no_grad():
-            self.out.bias.copy_(bias)
+        _start_at_profile(self.out.bias, cells, self.is_share)
 
     def forward(self, z: Tensor, cells: Cells) -> tuple[Tensor, Tensor]:
-        hidden = self.layers(join(z, self.covariates(cells) if self.covariates else None))
+        hidden = self.layers(z, self.covariates(cells) if self.covariates else None)
         out = self.out(hidden)
         return (out.softmax(-1) if self.is_share else nn.functional.softplus(out)), hidden
+
+
+class LinearDecoder(Part):
+    """z and covariates to expected shares by one linear map: softmax(W z + V c + b).
+
+    Parameters
+    ----------
+    n_latent : K; None takes it from the encoder
+    covariates : whether batch and other columns shift the log shares of genes
+
+    Notes
+    -----
+    Answers (rho, None): there is no hidden layer. ``loadings`` (G, K) are the log fold changes of genes
+    per unit of each latent, up to the softmax's constant. After Svensson et al. 2020 (Bioinformatics 36:3418).
+    """
+
+    def __init__(self, n_latent: int | None = None, covariates: bool = True) -> None:
+        covariates = bool(_check_network(0.0, covariates, "layer", n_latent=n_latent))
+        super().__init__(n_latent=n_latent, covariates=covariates)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {} if self.arguments["n_latent"] is None else {"n_latent": self.arguments["n_latent"]}
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        return ("n_latent",)
+
+    def build(self, schema: Schema, sizes: Mapping[str, int], parts: Mapping[str, nn.Module]) -> None:
+        a = self.arguments
+        a["n_latent"] = _width_of_z(sizes, "LinearDecoder")
+        self.is_share = _are_shares(schema)
+        self.covariates = _covariates(schema, a["covariates"], None)
+        self.factors = nn.Linear(a["n_latent"], schema.n_genes)
+        if self.covariates:
+            self.shifts = nn.Linear(self.covariates.width, schema.n_genes, bias=False)
+            nn.init.zeros_(self.shifts.weight)
+
+    def start(self, cells: Cells) -> None:
+        _start_at_profile(self.factors.bias, cells, self.is_share)
+
+    @property
+    def loadings(self) -> Tensor:
+        """(G, K) weights of the latents on the log shares of genes."""
+        return self.factors.weight
+
+    def forward(self, z: Tensor, cells: Cells) -> tuple[Tensor, None]:
+        out = self.factors(z)
+        if self.covariates:
+            out = out + self.shifts(self.covariates(cells))
+        return (out.softmax(-1) if self.is_share else nn.functional.softplus(out)), None

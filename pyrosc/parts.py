@@ -6,18 +6,20 @@ left out:
     sizes                        what it fixes for the others, such as {"n_latent": 10}
     uses                         which of those it was built for, so that replacing one says what else must be
     build(schema, sizes, parts)  makes what depends on the data's genes and levels, and on other parts
+    link(parts)                  takes references to other parts; renewed whenever one is replaced
     start(cells)                 sets values from data, once, before the first fit
-    arguments                    what it was made with, as JSON, so that a Fit can be saved
+    arguments                    what it was made with (JSON, and parts), so that a Fit can be saved
 
 ``Part`` has them all, doing nothing.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .cells import Cells
 from .schema import Schema
@@ -28,7 +30,7 @@ class Part(nn.Module):
 
     Parameters
     ----------
-    **arguments : JSON values
+    **arguments : JSON values, or parts
         What the constructor was given, by name; the constructor called with them makes
         the part again.
     """
@@ -50,8 +52,33 @@ class Part(nn.Module):
     def build(self, schema: Schema, sizes: Mapping[str, int], parts: Mapping[str, nn.Module]) -> None:
         """Make what depends on genes and levels; called once, when the Program is made."""
 
+    def link(self, parts: Mapping[str, nn.Module]) -> None:
+        """Take references to other parts, unregistered (``self.refer``)."""
+
+    def refer(self, **parts: nn.Module | None) -> None:
+        """Keep parts as attributes without making them parts of this one."""
+        self.__dict__.update(parts)
+
     def start(self, cells: Cells) -> None:
         """Set values from data; called once, before the first fit."""
 
+    @classmethod
+    def from_arguments(cls, arguments: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Part:
+        """The part that a file describes; ``tensors`` are its own in that file, by name."""
+        return cls(**arguments)
+
     def extra_repr(self) -> str:
-        return ", ".join(f"{k}={v!r}" for k, v in self.arguments.items())
+        known = inspect.signature(type(self).__init__).parameters
+        usual = {k: p.default for k, p in known.items() if p.kind is p.KEYWORD_ONLY}
+        return ", ".join(
+            f"{k}={v!r}"
+            for k, v in self.arguments.items()
+            if not isinstance(v, nn.Module) and (k, v) not in usual.items()
+        )
+
+
+class Parts(nn.ModuleDict):
+    """Modules by name; any name will do, "half", "values" and "a.b" too."""
+
+    def __setitem__(self, name: str, part: nn.Module) -> None:
+        self._modules[name] = part

@@ -15,7 +15,6 @@ from typing import Any
 import anndata
 import numpy as np
 import pandas as pd
-import pyro
 import torch
 from pyro import poutine
 from pyro.infer import Predictive
@@ -23,11 +22,12 @@ from torch import Tensor
 
 from .cells import Cells
 from .counts import require_memory
-from .elbo import elbo_terms, in_cells
+from .elbo import Enumerated, draws_plate, elbo_terms, follow, in_cells, of_cells
 from .errors import ProgramError, PyroscWarning
+from .guides import is_computed
 from .isolation import checked_seed
 from .loading import blocks
-from .program import Program, is_computed
+from .program import Program
 from .schema import Schema, did_you_mean, listed
 
 _MEAN_DRAWS = 200  # where a guide has no closed mean
@@ -208,12 +208,11 @@ class Fit:
         program = self.program.copy().double()
 
         def ask(block: Cells) -> Tensor:
-            if self._has_globals(program, block):
-                return torch.cat([_log_weight(*program.traces(block), block) for _ in range(n_draws)]).cpu()
-            guide = _draw(program, block, n_draws)
-            return _log_weight(guide, _follow(program, guide, block, n_draws), block).cpu()
+            if program.has_globals:
+                return torch.cat([_log_weight(program, _draw(program, block), block) for _ in range(n_draws)]).cpu()
+            return _log_weight(program, _draw(program, block, n_draws), block, n_draws).cpu()
 
-        return _by_block(program, [cells], n_draws * 2, seed, ask)
+        return _by_block(program, [cells], n_draws * 2 * self._per_draw, seed, ask)
 
     def predictive(self, n_draws: int, return_sites: Sequence[str] | None = None) -> Predictive:
         """Pyro's own Predictive: latent sites from the guide, counts drawn anew.
@@ -385,24 +384,26 @@ class Fit:
 
         def ask(block: Cells, *decoded: Cells) -> Tensor:
             total: Any = 0
-            if self._has_globals(program, block):
-                guides = [poutine.trace(program.guide).get_trace(block) for _ in range(n_draws)]
-                for other in decoded:
-                    each = [poutine.trace(poutine.replay(program.model, trace=g)).get_trace(other) for g in guides]
-                    values = torch.cat([self._value(site, trace, 1, len(block), changed) for trace in each])
-                    total = total + (values if chosen is None else values.index_select(-1, chosen))
-            else:
-                guide = _draw(program, block, n_draws)
-                for other in decoded:
-                    trace = _follow(program, guide, other, n_draws)
-                    values = self._value(site, trace, n_draws, len(block), changed)
-                    total = total + (values if chosen is None else values.index_select(-1, chosen))
+            # A story may index its global sites by cell, which draws in front of them would break: one run a draw.
+            each: list[int | None] = [None] * n_draws if program.has_globals else [n_draws]
+            guides = [_with_discrete(program, _draw(program, block, n), block, n) for n in each]
+            for other in decoded:
+                runs = zip(guides, each)
+                values = torch.cat(
+                    [self._value(site, _along(program, g, other, n), n, len(block), changed) for g, n in runs]
+                )
+                total = total + (values if chosen is None else values.index_select(-1, chosen))
             return total / len(decoded)
 
         together = [worlds[0][0], *(decoded for _, decoded in worlds)]
-        return _by_block(program, together, n_draws * 2, seed, ask)
+        return _by_block(program, together, n_draws * 2 * self._per_draw, seed, ask)
 
-    def _value(self, site: str, trace: poutine.Trace, n_draws: int, n_cells: int, changed: bool) -> Tensor:
+    @property
+    def _per_draw(self) -> int:
+        """Dense blocks that one draw takes: one for each combination of values that is summed out."""
+        return 4 if self.program.enumerated else 1
+
+    def _value(self, site: str, trace: poutine.Trace, n_draws: int | None, n_cells: int, changed: bool) -> Tensor:
         if site not in trace.nodes:
             raise ProgramError(
                 f'{self.program.story} has no site "{site}", which this needs. Its sites: {listed(_drawn(trace), 20)}'
@@ -414,11 +415,9 @@ class Fit:
                 self._said = True
                 self._warn(f'"{site}" is one for all cells in {self.program.story}: do= changes nothing')
             value = value.reshape(-1, 1, value.shape[-1])
-        return value.expand(n_draws, n_cells, value.shape[-1])
-
-    def _has_globals(self, program: Program, block: Cells) -> bool:
-        trace = poutine.trace(program.guide).get_trace(block)
-        return any(not any(f.name == "cells" for f in trace.nodes[name]["cond_indep_stack"]) for name in _drawn(trace))
+        elif n_draws is not None and value.dim() > 2:
+            value = value.reshape(len(value), -1, value.shape[-1])
+        return value.expand(n_draws or 1, n_cells, value.shape[-1])
 
 
 def _whole(name: str, value: Any, least: int) -> int:
@@ -449,24 +448,57 @@ def _sd(law: Any) -> Tensor:
         return law.sample((_MEAN_DRAWS,)).std(0)
 
 
-def _draw(program: Program, block: Cells, n_draws: int) -> poutine.Trace:
-    """One run of the guide with S draws of every local site in front."""
+def _draw(program: Program, block: Cells, n_draws: int | None = None) -> poutine.Trace:
+    """One run of the guide; with S draws of every site in front, or none."""
 
     def guide(cells: Cells) -> None:
-        with pyro.plate("draws", n_draws, dim=-2):
+        with draws_plate(program, n_draws):
             program.guide(cells)
 
     return poutine.trace(guide).get_trace(block)
 
 
-def _follow(program: Program, guide: poutine.Trace, block: Cells, n_draws: int) -> poutine.Trace:
+def _along(program: Program, guide: poutine.Trace, block: Cells, n_draws: int | None) -> poutine.Trace:
     """The model along those draws, on the same cells or on cells under an intervention."""
 
     def model(cells: Cells) -> None:
-        with pyro.plate("draws", n_draws, dim=-2):
+        with draws_plate(program, n_draws):
             program.model(cells)
 
     return poutine.trace(poutine.replay(model, trace=guide)).get_trace(block)
+
+
+def _with_discrete(program: Program, guide: poutine.Trace, block: Cells, n_draws: int | None) -> poutine.Trace:
+    """The guide's draws with draws of the sites that are summed out, from their exact law given the others."""
+    if not program.enumerated:
+        return guide
+    model = follow(program, guide, block, n_draws)
+    summed = _summed(program, model, n_draws)
+    table = summed.table()
+    chosen = torch.distributions.Categorical(logits=table.movedim(0, -1)).sample()
+    for name in program.enumerated:
+        site: Any = model.nodes[name]
+        event = site["value"].shape[site["value"].dim() - site["fn"].event_dim :]
+        ones = (1,) * summed.n_batch
+        values = site["value"].reshape(*site["value"].shape[: -summed.n_batch - len(event)], *ones, *event)
+        values = values.expand(*summed.front, *ones, *event).reshape(-1, *event)
+        inner = (1,) * (program.n_plates - 1)
+        value = values[chosen].reshape(*chosen.shape[:-1], *inner, chosen.shape[-1], *event)
+        guide.add_node(
+            name, type="sample", name=name, fn=site["fn"], value=value, is_observed=False, infer={}, scale=1.0,
+            mask=None, cond_indep_stack=site["cond_indep_stack"],
+        )  # fmt: skip
+    return guide
+
+
+def _summed(program: Program, model: poutine.Trace, n_draws: int | None) -> Enumerated:
+    """The sites of a run that depend on enumerated values."""
+    summed = Enumerated(program.n_plates, n_draws is not None)
+    for name in _drawn(model):
+        site: Any = model.nodes[name]
+        if not is_computed(site) and (name in program.enumerated or summed.concerns(site)):
+            summed.add(name, site)
+    return summed
 
 
 def _by_block(
@@ -490,12 +522,21 @@ def _by_block(
     return answers()
 
 
-def _log_weight(guide: poutine.Trace, model: poutine.Trace, block: Cells) -> Tensor:
+def _log_weight(program: Program, guide: poutine.Trace, block: Cells, n_draws: int | None = None) -> Tensor:
     """(S, n) log p - log q over the sites of each cell; global ones are drawn from the guide and left at that."""
+    model = follow(program, guide, block, n_draws)
     weight = block.library.new_zeros(1, len(block))
+    summed = _summed(program, model, n_draws)
     for trace, sign in ((model, 1.0), (guide, -1.0)):
         for name in _drawn(trace):
             site: Any = trace.nodes[name]
-            if not is_computed(site) and in_cells(site):
-                weight = weight + sign * site["fn"].log_prob(site["value"])
+            if (
+                not is_computed(site)
+                and in_cells(site)
+                and name not in program.enumerated
+                and not summed.concerns(site)
+            ):
+                weight = weight + sign * of_cells(site["fn"].log_prob(site["value"]), int(n_draws is not None))
+    if program.enumerated:
+        weight = weight + summed.table().logsumexp(0)
     return weight

@@ -24,12 +24,15 @@ import torch
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer.inspect import get_model_relations
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from .cells import Cells
 from .errors import ProgramError
+from .guides import Completion, is_computed, is_enumerated, latent_sites, law_of, plate_depth, survey
 from .isolation import checked_seed, isolated
+from .parts import Parts
 from .schema import Schema, did_you_mean, listed
 
 
@@ -42,13 +45,6 @@ def require_cells(cells: Any) -> None:
         )
 
 
-class Parts(nn.ModuleDict):
-    """Parts by name; any name will do, "half" and "values" too."""
-
-    def __setitem__(self, name: str, part: nn.Module) -> None:
-        self._modules[name] = part
-
-
 class Program(nn.Module):
     """A generative story and its guide, bound to their parts.
 
@@ -59,16 +55,18 @@ class Program(nn.Module):
     cells : Cells
         Only their schema is read, to size the parts.
     guide : function ``guide(cells, *, part, ...)``
-        Draws the model's latent sites given the counts.
+        Draws the model's latent sites given the counts. Those it leaves out, or all of them for
+        None, are completed: see `pyrosc.guides`.
     seed : int
         For the starting weights.
     **parts : modules, by the names that model and guide ask for
-        Copied; the ones given are left as they are.
+        Copied; the ones given are left as they are. A part "encoder" also serves completed sites of cells.
 
     Raises
     ------
     ProgramError
-        If parts are missing, unknown to model and guide, or do not fit together.
+        If parts are missing, unknown to model and guide, or do not fit together; or a site that
+        the guide leaves out cannot be completed.
     """
 
     def __init__(
@@ -82,22 +80,23 @@ class Program(nn.Module):
     ) -> None:
         super().__init__()
         require_cells(cells)
-        if guide is None:
-            raise ProgramError("a Program needs a guide: a function that draws the model's latent sites, guide=...")
         self.schema: Schema = cells.schema
         self.seed = checked_seed(seed)
         self._story, self._guide = model, guide
-        self._wanted = {f: _wanted_parts(f) for f in (model, guide)}
+        self._wanted = {f: _wanted_parts(f) for f in (model, guide) if f is not None}
         self._check_names(parts)
         self.parts = Parts()
+        self.completion = Completion()
         self._quiet = False
-        self.unstarted: set[str] = set()
         self._sizes: dict[str, int] = {}
+        self.enumerated: list[str] = []  # discrete sites that the story sums out
+        self.has_globals = False  # whether a latent site is one for all cells
+        self.n_plates = 1  # nested plates, that of cells included
         self._assemble(parts)
         self.eval()
 
     def _check_names(self, parts: Mapping[str, nn.Module]) -> None:
-        wanted = {name: needed for f in self._wanted.values() for name, needed in f.items()}
+        wanted = {"encoder": False} | {name: needed for f in self._wanted.values() for name, needed in f.items()}
         for name, part in parts.items():
             if name not in wanted:
                 raise ProgramError(
@@ -139,14 +138,66 @@ class Program(nn.Module):
         self._sizes = sizes
         built_for = f"{zlib.crc32(repr((self.schema, sorted(sizes.items()))).encode()):08x}"
         with isolated(self.seed):
-            for name in sorted(parts):
+            # Priors may read other parts, so they are built last.
+            for name in sorted(parts, key=lambda name: (hasattr(parts[name], "link"), name)):
                 part = self.parts[name]
                 build = getattr(part, "build", None)
                 # A trained part of another Program over the same genes and columns keeps its weights.
                 if build is not None and getattr(part, "built_for", None) != built_for:
                     build(self.schema, sizes, dict(self.parts.items()))
-                    part.built_for = built_for  # type: ignore[assignment]
-                    self.unstarted.add(name)
+                    part.built_for, part.started = built_for, False  # type: ignore[assignment]
+            for part in self.parts.values():
+                if hasattr(part, "link"):
+                    part.link(dict(self.parts.items()))
+        self._complete()
+
+    def _complete(self) -> None:
+        """Find out what the model draws and the guide function does not, and make guides for it."""
+        blank = self._blank(3)
+        with self.driven(self.seed), torch.no_grad():
+            names: set[str] = set()
+            traces = []
+            if self._guide is not None:
+                traces.append(self._run(blank, lambda: poutine.trace(self._by_hand).get_trace(blank)))
+                names = set(traces[0].nodes)
+            traces.append(self._run(blank, lambda: poutine.trace(self.model).get_trace(blank)))
+            drawn = latent_sites(traces[-1])
+            if "x" in drawn:
+                raise ProgramError(
+                    'the model draws "x" although there are counts: observe it, pyro.sample("x", ..., obs=cells.x)'
+                )
+            self.n_plates = plate_depth(*traces)
+            self.has_globals = any(all(f.name != "cells" for f in s["cond_indep_stack"]) for s in drawn.values())
+            self.enumerated = [n for n, site in drawn.items() if n not in names and is_enumerated(site)]
+            for name in self.enumerated:
+                if not any(f.name == "cells" for f in drawn[name]["cond_indep_stack"]):
+                    raise ProgramError(
+                        f'site "{name}" is to be enumerated, but is one for all cells: only sites in the plate of cells are summed out'
+                    )
+            missing = [name for name in drawn if name not in names and name not in self.enumerated]
+            sites = survey(lambda: poutine.trace(self.model).get_trace(blank), missing) if missing else []
+            self.completion.settle(sites, self.schema, dict(self.parts.items()), blank)
+        self.completion.to(self.device)
+        wanted = {name for f in self._wanted.values() for name in f}
+        if "encoder" in self.parts and "encoder" not in wanted and not any(site.in_cells for site in sites):
+            raise ProgramError(f'no part "encoder" is used by {self.story}: leave it out')
+
+    def _blank(self, n_cells: int) -> Cells:
+        """Made-up cells without a single count."""
+        dtype = next((p.dtype for p in self.parameters()), torch.float32)
+        blank = Cells.blank(self.schema, n_cells)
+        return blank.with_counts(torch.zeros(n_cells, self.schema.n_genes)).to(self.device, dtype)
+
+    def _run(self, cells: Cells, call: Callable[[], poutine.Trace], seen: str = "") -> poutine.Trace:
+        """A run of model or guide; what goes wrong in it is said with the parts at hand."""
+        try:
+            return call()
+        except ProgramError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise ProgramError(
+                f"{self.story} could not be run on {cells!r}: {error}\nParts: {self._parts_line()}{seen}"
+            ) from error
 
     @property
     def story(self) -> str:
@@ -155,8 +206,8 @@ class Program(nn.Module):
         return file if name == "model" and not file.startswith("__") else name
 
     @property
-    def functions(self) -> tuple[Callable[..., None], Callable[..., None]]:
-        """The model and the guide as they were written."""
+    def functions(self) -> tuple[Callable[..., None], Callable[..., None] | None]:
+        """The model and the guide as they were written; None for no guide."""
         return self._story, self._guide
 
     # ---- the two callables ------------------------------------------------------------------
@@ -167,9 +218,16 @@ class Program(nn.Module):
         self._story(cells.running(), **self._handed(self._story))
 
     def guide(self, cells: Cells) -> None:
-        """Its guide."""
+        """Its guide: completed globals, the guide function, completed sites of cells."""
         self._announce()
-        self._guide(cells.running(), **self._handed(self._guide))
+        cells = cells.running()
+        self.completion.draw_globals(cells)
+        self._by_hand(cells)
+        self.completion.draw_locals(cells, self.parts["encoder"] if "encoder" in self.parts else None)
+
+    def _by_hand(self, cells: Cells) -> None:
+        if self._guide is not None:
+            self._guide(cells if cells.is_running else cells.running(), **self._handed(self._guide))
 
     def forward(self, cells: Cells) -> None:
         """The story; so that a Program can stand where a callable is asked for."""
@@ -229,11 +287,12 @@ class Program(nn.Module):
         new.__dict__ = dict(self.__dict__)
         new._modules = dict(self._modules)
         new._buffers = {name: None if buffer is None else buffer.clone() for name, buffer in self._buffers.items()}
+        seen: dict[int, Any] = {}  # one memory, so that parts that refer to others refer to the new ones
         new.parts = Parts()
         for name, part in self.parts.items():
-            new.parts[name] = copy.deepcopy(part)
+            new.parts[name] = copy.deepcopy(part, seen)
+        new.completion = copy.deepcopy(self.completion, seen)
         new._quiet = False
-        new.unstarted = set(self.unstarted)
         return new
 
     @property
@@ -242,12 +301,18 @@ class Program(nn.Module):
 
     def start(self, cells: Cells) -> None:
         """Set values that new parts take from data (``part.start``); once for each part."""
-        for name in sorted(self.unstarted):
-            start = getattr(self.parts[name], "start", None)
-            frozen = all(not p.requires_grad for p in self.parts[name].parameters())
-            if start is not None and not frozen:
-                start(cells)
-        self.unstarted.clear()
+        new = [part for _, part in sorted(self.parts.items()) if not getattr(part, "started", False)]
+        for part in new:
+            frozen = [not p.requires_grad for p in part.parameters()]
+            if hasattr(part, "start") and not (frozen and all(frozen)):
+                part.start(cells)
+        self.completion.start(cells)
+        self.set_started()
+
+    def set_started(self) -> None:
+        """Take every part's values as they are: they are not to be set from data again."""
+        for part in (*self.parts.values(), *self.completion.guides):
+            part.started = True
 
     # ---- looking at it ----------------------------------------------------------------------
 
@@ -278,7 +343,7 @@ class Program(nn.Module):
         return {
             name: site["value"].cpu()
             for name, site in nodes.items()
-            if site["type"] == "sample" and not _is_subsample(site)
+            if site["type"] == "sample" and not site_is_subsample(site)
         }
 
     def traces(self, cells: Cells) -> tuple[poutine.Trace, poutine.Trace]:
@@ -297,23 +362,40 @@ class Program(nn.Module):
         """
         with self.driven(self.seed, validate=True), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            guide = poutine.trace(self.guide).get_trace(cells)
-            try:
-                model = poutine.trace(poutine.replay(self.model, trace=guide)).get_trace(cells)
-            except (RuntimeError, ValueError) as error:
-                if isinstance(error, ProgramError):
-                    raise
-                raise ProgramError(
-                    f"{self.story} could not be run on {cells!r}: {error}\nParts: {self._parts_line()}\n"
-                    f"Drawn by the guide:\n{guide.format_shapes()}"
-                ) from error
-            _check_sites(guide, model, cells)
+            guide = self._run(cells, lambda: poutine.trace(self.guide).get_trace(cells))
+            follow = poutine.replay(self.model, trace=guide)
+            drawn = f"\nDrawn by the guide:\n{guide.format_shapes()}"
+            model = self._run(cells, lambda: poutine.trace(follow).get_trace(cells), drawn)
+            _check_sites(guide, model, cells, self.enumerated)
             try:
                 guide.compute_log_prob()
                 model.compute_log_prob()
             except (RuntimeError, ValueError) as error:
                 raise ProgramError(f"{error}\nShapes (batch | event):\n{model.format_shapes()}") from error
+            self._check_reading(model, cells)
             _check_mean_field(get_model_relations(self.guide, (cells,)), get_model_relations(self.model, (cells,)))
+
+    def _check_reading(self, model: poutine.Trace, cells: Cells) -> None:
+        """The story may observe the counts, and not read them otherwise: they would be used twice."""
+        x: Any = cells.x
+        others = cells.with_counts((x.roll(1, 0) + 1).clamp(max=2.0**20).cpu())
+        again = poutine.trace(poutine.replay(self.model, trace=model)).get_trace(others)
+        nodes: dict[str, Any] = model.nodes
+        for name, site in nodes.items():
+            if site["type"] != "sample" or site_is_subsample(site) or name not in again.nodes:
+                continue
+            other: Any = again.nodes[name]
+            if is_computed(site):
+                same = torch.equal(site["value"], other["value"])
+            else:
+                laws = site["fn"], other["fn"]
+                one, two = (law.log_prob(site["value"]) for law in laws)
+                same = torch.allclose(one, two, rtol=1e-4, atol=1e-3, equal_nan=True)
+            if not same:
+                raise ProgramError(
+                    f'the model reads cells.x to make "{name}", besides observing it, so that counts are used twice. '
+                    "For the observed total use cells.library"
+                )
 
     def _parts_line(self) -> str:
         return ", ".join(f"{name}={type(part).__name__}" for name, part in self.parts.items())
@@ -324,28 +406,29 @@ class Program(nn.Module):
         ``n`` stands for the cells at hand. KL terms are "analytic", or "Monte Carlo" where no
         closed form is known. Made from one run on three made-up cells.
         """
-        blank = Cells.blank(self.schema, 3)
-        blank = blank.with_counts(torch.zeros(3, self.schema.n_genes)).to(self.device)
+        blank = self._blank(3)
         with self.driven(self.seed), torch.no_grad():
             guide, model = self.traces(blank)
             relations = get_model_relations(self.model, (blank,))
         nodes: dict[str, Any] = model.nodes
         rows = [("site", "plate", "batch | event", "law", "guide", "KL")]
         for name, site in nodes.items():
-            if site["type"] != "sample" or _is_subsample(site):
+            if site["type"] != "sample" or site_is_subsample(site):
                 continue
             in_plate = any(f.name == "cells" for f in site["cond_indep_stack"])
             batch = ["n" if in_plate and i == len(site["fn"].batch_shape) - 1 else str(size)
                      for i, size in enumerate(site["fn"].batch_shape)]  # fmt: skip
             shape = f"{' '.join(batch):>5} | {' '.join(map(str, site['fn'].event_shape))}"
-            law, by, kl = _law(site["fn"]), "", ""
+            law, by, kl = law_of(site["fn"]), "", ""
             if is_computed(site):
                 law = "computed"
             elif site["is_observed"]:
                 by = "observed"
             elif name in guide.nodes:
-                by = _law(guide.nodes[name]["fn"])
+                by = law_of(guide.nodes[name]["fn"]) + (" (completed)" if name in self.completion.names else "")
                 kl = "analytic" if analytic_kl(guide.nodes[name]["fn"], site["fn"]) is not None else "Monte Carlo"
+            elif name in self.enumerated:
+                by = "summed out"
             rows.append((name, "cells" if in_plate else "", shape, law, by, kl))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         table = "\n".join("  ".join(v.ljust(w) for v, w in zip(row, widths)).rstrip() for row in rows)
@@ -384,30 +467,6 @@ def _wanted_parts(function: Callable[..., None]) -> dict[str, bool]:
     return {p.name: p.default is inspect.Parameter.empty for p in parameters[1:] if p.kind in kinds}
 
 
-def _is_subsample(site: Any) -> bool:
-    return poutine.util.site_is_subsample(site)
-
-
-def _base(fn: Any) -> Any:
-    while hasattr(fn, "base_dist") and type(fn).__name__ in (
-        "Independent",
-        "_PerCell",
-        "MaskedDistribution",
-        "ExpandedDistribution",
-    ):
-        fn = fn.base_dist
-    return fn
-
-
-def _law(fn: Any) -> str:
-    return type(_base(fn)).__name__
-
-
-def is_computed(site: Any) -> bool:
-    """Whether a site is a value that the story computed (``pyro.deterministic``)."""
-    return site["infer"].get("_deterministic", False) or (site["is_observed"] and _law(site["fn"]) == "Delta")
-
-
 def analytic_kl(guide: Any, model: Any) -> Tensor | None:
     """KL(guide, model) of the batch shape where a closed form is known, else None."""
     try:
@@ -416,14 +475,7 @@ def analytic_kl(guide: Any, model: Any) -> Tensor | None:
         return None
 
 
-def _check_sites(guide: poutine.Trace, model: poutine.Trace, cells: Cells) -> None:
-    def latent(trace: poutine.Trace) -> dict[str, Any]:
-        return {
-            name: site
-            for name, site in trace.nodes.items()
-            if site["type"] == "sample" and not site["is_observed"] and not _is_subsample(site)
-        }
-
+def _check_sites(guide: poutine.Trace, model: poutine.Trace, cells: Cells, enumerated: list[str]) -> None:
     for trace, what in ((guide, "guide"), (model, "model")):
         found: dict[str, Any] = dict(trace.nodes)
         for name, site in found.items():
@@ -432,7 +484,7 @@ def _check_sites(guide: poutine.Trace, model: poutine.Trace, cells: Cells) -> No
                     f'the {what} makes a parameter "{name}" by pyro.param, which a Program neither trains nor keeps. '
                     "Hand it over as a part: a module with an nn.Parameter."
                 )
-            if site["type"] != "sample" or _is_subsample(site) or is_computed(site):
+            if site["type"] != "sample" or site_is_subsample(site) or is_computed(site):
                 continue
             inside = any(f.name == "cells" for f in site["cond_indep_stack"])
             if not inside and len(cells) > 1 and tuple(site["fn"].batch_shape[-1:]) == (len(cells),):
@@ -440,9 +492,10 @@ def _check_sites(guide: poutine.Trace, model: poutine.Trace, cells: Cells) -> No
                     f'the {what} draws "{name}" for each cell, but outside of the plate of cells, so that mini-batches '
                     "would count for less than the whole: draw it under `with cells.plate():`"
                 )
-    drawn, wanted = latent(guide), latent(model)
+    drawn, wanted = latent_sites(guide), latent_sites(model)
+    wanted = {name: site for name, site in wanted.items() if name not in enumerated}
     nodes: dict[str, Any] = model.nodes
-    in_model = [n for n, s in nodes.items() if s["type"] == "sample" and not _is_subsample(s)]
+    in_model = [n for n, s in nodes.items() if s["type"] == "sample" and not site_is_subsample(s)]
     for name in drawn:
         if name not in wanted:
             raise ProgramError(
@@ -452,10 +505,6 @@ def _check_sites(guide: poutine.Trace, model: poutine.Trace, cells: Cells) -> No
             )
     for name in wanted:
         if name not in drawn:
-            if name == "x":
-                raise ProgramError(
-                    'the model draws "x" although there are counts: observe it, pyro.sample("x", ..., obs=cells.x)'
-                )
             raise ProgramError(
                 f'the model draws "{name}" but the guide does not. Model: {", ".join(in_model)}. '
                 f"Guide: {', '.join(drawn) or 'nothing'}. Draw it in the guide as well."
@@ -470,18 +519,38 @@ def _check_sites(guide: poutine.Trace, model: poutine.Trace, cells: Cells) -> No
         wide, narrow = _reach(q.support), _reach(p.support)
         if wide == "all reals" and narrow not in ("all reals", ""):
             raise ProgramError(
-                f'site "{name}": the guide ({_law(q)}, all reals) can draw values that the prior ({_law(p)}, {narrow}) '
+                f'site "{name}": the guide ({law_of(q)}, all reals) can draw values that the prior ({law_of(p)}, {narrow}) '
                 "rules out. Use a distribution with that support in the guide, such as LogNormal for positive numbers."
+            )
+        if not q.has_rsample:
+            raise ProgramError(
+                f'site "{name}": the guide draws it from {law_of(q)}, through which no gradient passes. '
+                "Draw it from a continuous distribution, or leave a discrete site out of the guide and sum it out: "
+                'infer={"enumerate": "parallel"} in the model'
+            )
+        sizes = [{f.name: f.size for f in s["cond_indep_stack"]} for s in (drawn[name], site)]
+        for plate in sizes[0].keys() & sizes[1].keys():
+            if sizes[0][plate] != sizes[1][plate]:
+                raise ProgramError(
+                    f'site "{name}": plate "{plate}" has size {sizes[0][plate]:,} in the guide and {sizes[1][plate]:,} in the '
+                    "model, so that its KL and its likelihood are weighed differently; cells.plate() in both gives one"
+                )
+        scales = [float(torch.as_tensor(s["scale"]).max()) for s in (drawn[name], site)]
+        masks = [s["mask"] is not None for s in (drawn[name], site)]
+        if scales[0] != scales[1] or masks[0] != masks[1]:
+            raise ProgramError(
+                f'site "{name}": a scale or mask handler is around it in one of model and guide only; the analytic KL takes the '
+                "guide's. Put it around both, or around neither"
             )
         plates = [sorted(f.name for f in s["cond_indep_stack"]) for s in (drawn[name], site)]
         if plates[0] != plates[1]:
             raise ProgramError(f'site "{name}": the guide draws it in plates {plates[0]}, the model in {plates[1]}')
     for name, site in nodes.items():
-        if site["type"] == "sample" and site["is_observed"] and not is_computed(site) and not _is_subsample(site):
+        if site["type"] == "sample" and site["is_observed"] and not is_computed(site) and not site_is_subsample(site):
             here, seen = tuple(site["fn"].shape()), tuple(site["value"].shape)
             if here != seen and site["fn"].event_dim and here[-1:] != seen[-1:]:
                 alike = [n for n, s in nodes.items() if n != name and s["type"] == "sample"
-                         and not _is_subsample(s) and s["fn"].event_shape[-1:] == here[-1:]]  # fmt: skip
+                         and not site_is_subsample(s) and s["fn"].event_shape[-1:] == here[-1:]]  # fmt: skip
                 raise ProgramError(
                     f'site "{name}": the story gives {here[-1]:,} genes, the data have {seen[-1]:,}. '
                     f"Sites of that width: {listed(alike) or 'none'}; check the sizes of their priors.\n"

@@ -19,6 +19,7 @@ def tissue(
     depth: float = 2500.0,
     n_markers: int = 60,
     effect: float = 0.7,
+    dispersion: float = 2.0,
     seed: int = 0,
 ) -> anndata.AnnData:
     """A tissue of related cell types measured in batches, with negative binomial counts.
@@ -29,7 +30,7 @@ def tissue(
     type; the last type is missing from the last batch if there are two or more batches.
     Base log rates are Normal(-1, 1.2), shares their softmax; totals are LogNormal around
     ``depth`` with sd 0.35, batches differing by 0, 0.3, -0.4, ...; inverse dispersions are
-    LogNormal(log 2, 1).
+    LogNormal(log ``dispersion``, 1).
 
     Returns
     -------
@@ -40,6 +41,8 @@ def tissue(
     draw = np.random.default_rng(seed)
     if not 1 <= n_markers <= n_genes:
         raise ValueError(f"n_markers must be between 1 and n_genes={n_genes}, not {n_markers}")
+    if not dispersion > 0:
+        raise ValueError(f"dispersion must be positive, not {dispersion!r}")
     of_factor = min(40, max(2, n_genes // 25))
     levels = max(1, int(np.ceil(np.log2(max(n_types, 2)))))
     of_type = np.zeros((n_types, n_genes))
@@ -55,7 +58,7 @@ def tissue(
     base = draw.normal(-1, 1.2, n_genes)
     shift = draw.normal(0, 0.3, (n_batches, n_genes)) if n_batches > 1 else np.zeros((1, n_genes))
     cross = draw.normal(0, 0.1, (n_batches, n_types, n_genes)) if n_batches > 1 else np.zeros((1, n_types, n_genes))
-    dispersion = draw.lognormal(np.log(2), 1, n_genes)
+    inverse = draw.lognormal(np.log(dispersion), 1, n_genes)
 
     batch = draw.integers(n_batches, size=n_cells)
     kind = draw.integers(n_types, size=n_cells)
@@ -68,7 +71,7 @@ def tissue(
     rho /= rho.sum(1, keepdims=True)
     offset = np.resize([0.0, 0.3, -0.4], n_batches)
     library = draw.lognormal(np.log(depth) + offset[batch], 0.35)
-    counts = draw.poisson(draw.gamma(dispersion, library[:, None] * rho / dispersion))
+    counts = draw.poisson(draw.gamma(inverse, library[:, None] * rho / inverse))
 
     obs: dict[str, Any] = {
         "batch": pd.Categorical([f"batch{b}" for b in batch]),
@@ -79,6 +82,6 @@ def tissue(
     return anndata.AnnData(
         X=sparse.csr_matrix(counts.astype(np.float32)),
         obs=pd.DataFrame(obs, index=[f"cell{i}" for i in range(n_cells)]),
-        var=pd.DataFrame({"dispersion": dispersion}, index=[f"gene{j}" for j in range(n_genes)]),
+        var=pd.DataFrame({"dispersion": inverse}, index=[f"gene{j}" for j in range(n_genes)]),
         layers={"rho": rho.astype(np.float32)},
     )

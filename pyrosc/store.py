@@ -28,27 +28,37 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from .cells import Cells
-from .dispersions import GeneDispersion, NoDispersion
+from .dispersions import (
+    BatchDispersion,
+    CellDispersion,
+    GeneDispersion,
+    InverseSqrtPrior,
+    LabelDispersion,
+    NoDispersion,
+    TrendPrior,
+)
 from .errors import PyroscWarning
-from .libraries import GivenLibrary, ObservedLibrary
+from .libraries import GivenLibrary, LatentLibrary, ObservedLibrary
 from .likelihoods import NBLikelihood, PoissonLikelihood, ZINBLikelihood
 from .models import scvi
-from .networks import Decoder, Encoder
+from .networks import Decoder, Encoder, LinearDecoder
+from .parts import Part
 from .posterior import Fit
-from .priors import DISTRIBUTIONS, Prior
+from .priors import DISTRIBUTIONS, FlowPrior, MixturePrior, Prior, VampPrior
 from .program import Program
 from .schema import Schema, listed
 
 FORMAT = 1
 _ENTRY = "pyrosc"
 
-STORIES: dict[str, tuple[Callable[..., None], Callable[..., None]]] = {"scvi": (scvi.model, scvi.guide)}
+STORIES: dict[str, tuple[Callable[..., None], Callable[..., None] | None]] = {"scvi": (scvi.model, scvi.guide)}
 
-PARTS: dict[str, type[nn.Module]] = {
+PARTS: dict[str, type[Part]] = {
     part.__name__: part
     for part in (
-        Prior, ObservedLibrary, GivenLibrary, GeneDispersion, NoDispersion, NBLikelihood, ZINBLikelihood,
-        PoissonLikelihood, Encoder, Decoder,
+        Prior, MixturePrior, VampPrior, FlowPrior, ObservedLibrary, GivenLibrary, LatentLibrary,
+        GeneDispersion, BatchDispersion, LabelDispersion, CellDispersion, NoDispersion, InverseSqrtPrior, TrendPrior,
+        NBLikelihood, ZINBLikelihood, PoissonLikelihood, Encoder, Decoder, LinearDecoder,
     )
 }  # fmt: skip
 
@@ -116,8 +126,8 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
     return f"{crc:08x}"
 
 
-def _function(function: Callable[..., None]) -> dict[str, Any]:
-    return {"name": function.__name__, "source": _hash(function)}
+def _function(function: Callable[..., None] | None) -> dict[str, Any] | None:
+    return None if function is None else {"name": function.__name__, "source": _hash(function)}
 
 
 def _hash(thing: Any) -> str | None:
@@ -130,12 +140,15 @@ def _hash(thing: Any) -> str | None:
 
 def _part(part: nn.Module) -> dict[str, Any]:
     name = type(part).__name__
-    known = PARTS.get(name) is type(part)
-    if isinstance(part, Prior):
-        known = known and DISTRIBUTIONS.get(part.arguments["distribution"]) is part.distribution
-    if known:
-        return {"part": name, "arguments": part.arguments}
-    return {"own": name, "source": _hash(type(part))}
+    if PARTS.get(name) is not type(part) or not isinstance(part, Part):
+        return {"own": name, "source": _hash(type(part))}
+    if isinstance(part, Prior) and DISTRIBUTIONS.get(part.arguments["distribution"]) is not part.distribution:
+        return {"own": name, "source": _hash(part.distribution)}
+    arguments = {k: _part(v) if isinstance(v, nn.Module) else v for k, v in part.arguments.items()}
+    within = [v["own"] for v in arguments.values() if isinstance(v, dict) and "own" in v]
+    if within:  # a part of the user's own inside one of ours: the whole is handed back
+        return {"own": f"{name}({', '.join(within)})", "source": None}
+    return {"part": name, "arguments": arguments}
 
 
 def _sites(program: Program) -> dict[str, list[int]]:
@@ -256,19 +269,26 @@ def _promised(path: Path) -> int | None:
 
 def _functions(
     held: dict[str, Any], model: Any, guide: Any, path: Path, notes: list[str]
-) -> tuple[Callable[..., None], Callable[..., None]]:
+) -> tuple[Callable[..., None], Callable[..., None] | None]:
     if held["story"] in STORIES and model is None and guide is None:
         return STORIES[held["story"]]
     known = STORIES.get(held["story"], (None, None))
-    found = []
+    found: list[Any] = []
     for what, given, stock in (("model", model, known[0]), ("guide", guide, known[1])):
         function = given if given is not None else stock
+        if held[what] is None:
+            if given is not None:
+                raise ValueError(
+                    f"{path.name} was saved without a {what} function (it was completed): leave {what}= out"
+                )
+            found.append(None)
+            continue
         name = held[what]["name"]
         if function is None:
+            both = [f"{w}={held[w]['name']}" for w in ("model", "guide") if held[w] is not None]
             raise ValueError(
                 f'{path.name} holds a story of your own, "{held["model"]["name"]}": '
-                f"pass the functions it was made with, "
-                f"load(path, model={held['model']['name']}, guide={held['guide']['name']})"
+                f"pass the functions it was made with, load(path, {', '.join(both)})"
             )
         if held[what]["source"] and _hash(function) and _hash(function) != held[what]["source"]:
             notes.append(f'the source of {what} "{name}" has changed since {path.name} was saved')
@@ -282,31 +302,44 @@ def _made(
     if name in own:
         if held.get("source") and _hash(type(own[name])) not in (None, held["source"]):
             notes.append(f'the source of part "{name}" has changed since {path.name} was saved')
+        for key, value in own[name].state_dict().items():
+            _compare(f"parts.{name}.{key}", value, tensors.get(f"parts.{name}.{key}"), path)
         return own[name]
     if "own" in held:
         raise ValueError(
             f'part "{name}" is of a class of your own, {held["own"]}: pass one made as it was for the fit, '
             f"load(path, {name}={held['own']}(...))"
         )
+    return _from_table(held, tensors, f"parts.{name}.", path)
+
+
+def _from_table(held: dict[str, Any], tensors: dict[str, Tensor], prefix: str, path: Path) -> nn.Module:
+    """A part of the package as the file describes it, with the parts inside it."""
     if held["part"] not in PARTS:
         raise ValueError(f'{path.name} has a part "{held["part"]}" that this pyrosc does not know')
-    if held["part"] == "Prior":
-        prefix = f"parts.{name}."
-        numbers: dict[str, Any] = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        return Prior.from_arguments(**held["arguments"], **numbers)
-    return PARTS[held["part"]](**held["arguments"])
+    own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    arguments = {
+        k: _from_table(v, tensors, f"{prefix}{k}.", path) if isinstance(v, dict) and "part" in v else v
+        for k, v in held["arguments"].items()
+    }
+    return PARTS[held["part"]].from_arguments(arguments, own)
+
+
+def _compare(name: str, own: Tensor | None, held: Tensor | None, path: Path) -> None:
+    """Refuse a tensor that has another shape than in the file."""
+    here, there = (None if t is None else tuple(t.shape) for t in (own, held))
+    if here != there:
+        raise ValueError(
+            f"{name.removeprefix('parts.')}: the part as handed in has shape {here}, {path.name} holds {there}. "
+            "Make it as it was for the fit."
+        )
 
 
 def _fill(program: Program, tensors: dict[str, Tensor], frozen: list[str], path: Path) -> None:
     own = program.state_dict()
     for name in sorted(own.keys() | tensors.keys()):
-        here, there = (tuple(t[name].shape) if name in t else None for t in (own, tensors))
-        if here != there:
-            raise ValueError(
-                f"{name.removeprefix('parts.')}: the part as handed in has shape {here}, {path.name} holds {there}. "
-                "Make it as it was for the fit."
-            )
+        _compare(name, own.get(name), tensors.get(name), path)
     program.load_state_dict(tensors)
-    program.unstarted.clear()
+    program.set_started()
     for name, parameter in program.named_parameters():
         parameter.requires_grad_(name not in frozen)

@@ -100,6 +100,6 @@ def test_public_names_have_docstrings():
             if (
                 not method.startswith("_")
                 and callable(value)
-                and method not in ("forward", "build", "start", "extra_repr", "at", "to")
+                and method not in ("forward", "build", "link", "start", "extra_repr", "at", "to")
             ):
                 assert value.__doc__, f"{name}.{method}"

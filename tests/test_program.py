@@ -73,9 +73,9 @@ def test_the_density_is_the_one_on_paper(cells):
     parts = program.parts
     levels = torch.cat([nn.functional.one_hot(cells.codes[c], 2) for c in ("donor", "condition")], -1)
     hidden = nn.functional.linear(
-        torch.cat([z, levels], -1), parts["decoder"].layers[0].weight, parts["decoder"].layers[0].bias
+        torch.cat([z, levels], -1), parts["decoder"].layers[0].linear.weight, parts["decoder"].layers[0].linear.bias
     )
-    norm = parts["decoder"].layers[1]
+    norm = parts["decoder"].layers[0].norm.norm
     hidden = (hidden - hidden.mean(-1, keepdim=True)) / (hidden.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
     hidden = torch.relu(hidden * norm.weight + norm.bias)
     rho = torch.softmax(hidden @ parts["decoder"].out.weight.T + parts["decoder"].out.bias, -1)
@@ -279,8 +279,6 @@ def test_replacing_a_size_says_what_else_must_be_replaced(cells):
 def test_a_missing_part_is_named(cells):
     with pytest.raises(ProgramError, match='asks for .*"decoder".*Given: "prior"'):
         Program(story.model, cells, story.guide, prior=Prior(dist.Normal, 0.0, 1.0))
-    with pytest.raises(ProgramError, match="needs a guide"):
-        Program(story.model, cells)
 
 
 def test_nb_without_a_dispersion_is_refused_and_poisson_is_not(cells):
@@ -324,15 +322,6 @@ def test_a_site_of_the_guide_that_the_model_lacks_is_named(cells):
     with pytest.raises(
         ProgramError, match='guide draws "depth" but the model does not. Model: library, x. Guide: depth'
     ):
-        simple(cells, guide=guide).check(cells)
-
-
-def test_a_site_that_the_guide_leaves_out_is_named(cells):
-    def guide(cells):
-        with cells.plate():
-            pass
-
-    with pytest.raises(ProgramError, match='model draws "library" but the guide does not'):
         simple(cells, guide=guide).check(cells)
 
 

@@ -30,7 +30,7 @@ print(cells)
 #     def model(cells, *, prior, library, dispersion, decoder, likelihood):
 #         theta = dispersion()
 #         with cells.plate():
-#             z = pyro.sample("z", prior())
+#             z = pyro.sample("z", prior(cells))
 #             total = library(cells)
 #             rho, hidden = decoder(z, cells)
 #             rho = pyro.deterministic("rho", rho, event_dim=1)
@@ -55,7 +55,7 @@ print(program.describe())
 # >   prior: Prior(Normal, 0, 1, size=10)
 # >   library: ObservedLibrary()
 # >   dispersion: GeneDispersion()
-# >   decoder: Decoder(n_latent=10, n_hidden=128, n_layers=1, dropout=0.0, covariates=True)
+# >   decoder: Decoder(n_latent=10, n_hidden=128, n_layers=1, dropout=0.0, covariates='first')
 # >   likelihood: NBLikelihood()
 # >   encoder: Encoder(n_latent=10, n_hidden=128, n_layers=1, dropout=0.1, covariates=False)
 

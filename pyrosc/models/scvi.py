@@ -35,7 +35,7 @@ def model(cells: Cells, *, prior: Any, library: Any, dispersion: Any, decoder: A
 
     Parts
     -----
-    prior : distribution of a cell's state, event shape (K,)
+    prior : cells -> distribution of a cell's state, event shape (K,)
     library : cells -> expected total counts (n, 1)
     dispersion : inverse dispersion, by gene or finer
     decoder : state and covariates -> shares of genes, and a hidden layer
@@ -55,7 +55,7 @@ def model(cells: Cells, *, prior: Any, library: Any, dispersion: Any, decoder: A
     """
     theta = dispersion()
     with cells.plate():
-        z = pyro.sample("z", prior())
+        z = pyro.sample("z", prior(cells))
         total = library(cells)
         rho, hidden = decoder(z, cells)
         rho = pyro.deterministic("rho", rho, event_dim=1)

@@ -1,0 +1,385 @@
+"""Completion: guides for the sites that a guide function leaves out.
+
+A global site gets a mean-field normal mapped to the site's support, with parameters of its own; a site in
+the plate of cells an amortised one, a head on the encoder's features and the log total count. Positive
+sites are guided by ``LogNormal`` itself, so that KL terms stay analytic. What each site is (support, shape,
+plates, scale) is learned from runs of the model on made-up cells when the Program is made.
+
+Order in a run: completed globals, the guide function, completed sites of cells. None of the completed
+sites depends on another, so the mean-field condition holds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions import constraints
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+from torch.distributions import biject_to
+
+from .cells import Cells
+from .dispersions import moments
+from .errors import ProgramError
+from .networks import Encoder
+from .parts import Parts
+from .schema import Schema
+
+_DRAWS = 25  # of the prior, for starting values
+_PERIODIC = ("VonMises", "VonMises3D", "SineBivariateVonMises", "SineSkewed", "ProjectedNormal")
+
+
+@dataclass(frozen=True)
+class Latent:
+    """A latent site as the model draws it.
+
+    frames : (name, size, dim) of its plates other than "cells"
+    batch_shape, event_shape : without the cells
+    centre, spread : median and robust sd of its prior on the unconstrained scale
+    """
+
+    name: str
+    law: str
+    in_cells: bool
+    frames: tuple[tuple[str, int, int], ...]
+    batch_shape: tuple[int, ...]
+    event_shape: tuple[int, ...]
+    support: Any
+    centre: Tensor
+    spread: Tensor
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Latent:
+        return self  # supports are known by identity
+
+    @property
+    def like(self) -> tuple[Any, ...]:
+        """What a guide made for this site depends on."""
+        return (self.in_cells, self.frames, self.batch_shape, self.event_shape, str(self.support))
+
+
+# ---- what the model draws -------------------------------------------------------------------
+
+
+def law_of(fn: Any) -> str:
+    """Name of a distribution, whatever it is wrapped in."""
+    while hasattr(fn, "base_dist") and type(fn).__name__ in (
+        "Independent", "_PerCell", "MaskedDistribution", "ExpandedDistribution",
+    ):  # fmt: skip
+        fn = fn.base_dist
+    return type(fn).__name__
+
+
+def is_computed(site: Any) -> bool:
+    """Whether a site is a value that the story computed (``pyro.deterministic``)."""
+    return site["infer"].get("_deterministic", False) or (site["is_observed"] and law_of(site["fn"]) == "Delta")
+
+
+def is_enumerated(site: Any) -> bool:
+    """Whether the story asks for the sum over the values of this discrete site."""
+    return bool(site["infer"].get("enumerate")) and site["fn"].has_enumerate_support
+
+
+def latent_sites(trace: poutine.Trace) -> dict[str, Any]:
+    """Sites that were drawn, by name."""
+    nodes: dict[str, Any] = trace.nodes
+    return {
+        name: site
+        for name, site in nodes.items()
+        if site["type"] == "sample"
+        and not site["is_observed"]
+        and not site_is_subsample(site)
+        and not is_computed(site)
+    }
+
+
+def plate_depth(*traces: poutine.Trace) -> int:
+    """How many nested plates there are, the cells' included."""
+    dims = [
+        -frame.dim
+        for trace in traces
+        for site in trace.nodes.values()
+        if site["type"] == "sample"
+        for frame in site["cond_indep_stack"]
+        if frame.vectorized
+    ]
+    return max(dims, default=1)
+
+
+def _plain(support: Any) -> Any:
+    """A support without its event dimensions."""
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support
+
+
+def _bounds(support: Any) -> tuple[float, ...]:
+    inner = _plain(support)
+    found = [getattr(inner, name) for name in ("lower_bound", "upper_bound") if hasattr(inner, name)]
+    return tuple(float(v) for bound in found for v in torch.as_tensor(bound).reshape(-1).double())
+
+
+def _refuse(name: str, reason: str, remedy: str) -> ProgramError:
+    return ProgramError(f'site "{name}" is left out by the guide, and cannot be completed: {reason}. {remedy}')
+
+
+def survey(draw: Callable[[], poutine.Trace], missing: list[str]) -> list[Latent]:
+    """What the model draws at these sites.
+
+    Parameters
+    ----------
+    draw : one run of the model on made-up cells with counts, from its prior
+
+    Raises
+    ------
+    ProgramError
+        If a site is of a kind that cannot be guided.
+    """
+    traces = [draw() for _ in range(_DRAWS)]
+    return [_surveyed(name, [trace.nodes[name] for trace in traces]) for name in missing]
+
+
+def _surveyed(name: str, sites: list[Any]) -> Latent:
+    site = sites[0]
+    fn, law = site["fn"], law_of(site["fn"])
+    by_hand = f'Draw "{name}" in the guide yourself, or write the story without it.'
+    if law in _PERIODIC:
+        raise _refuse(name, f"{law} is periodic, and a normal on the line would run around the circle", by_hand)
+    if fn.support.is_discrete:
+        raise _refuse(
+            name,
+            f"{law} is discrete, and has no gradient",
+            'Sum it out: pyro.sample(..., infer={"enumerate": "parallel"}) for a site of each cell with few values.',
+        )
+    if site["mask"] is not None or float(torch.as_tensor(site["scale"]).max()) != 1.0:
+        raise _refuse(name, "it is drawn under a mask or scale handler, which its KL term would not follow", by_hand)
+    if any(_bounds(other["fn"].support) != _bounds(fn.support) for other in sites):
+        raise _refuse(name, f"the support of {law} depends on another site", by_hand)
+    try:
+        transform = biject_to(fn.support)
+    except NotImplementedError as error:
+        raise _refuse(name, f"there is no map from the real line to its support ({fn.support})", by_hand) from error
+    frames = [f for f in site["cond_indep_stack"] if f.name != "cells"]
+    in_cells = len(frames) < len(site["cond_indep_stack"])
+    if in_cells and (not fn.batch_shape or any(f.dim == -1 for f in frames)):
+        raise _refuse(name, "the plate of cells must be the last batch dimension (dim -1) of its sites", by_hand)
+    free = torch.stack([transform.inv(other["value"].double()) for other in sites])
+    if in_cells:  # all cells are alike to the prior: (draws, batch, cells, event) to (draws x cells, batch, event)
+        free = free.movedim(len(fn.batch_shape), 1).flatten(0, 1)
+    free = free.nan_to_num(0.0, 0.0, 0.0)
+    low, centre, high = free.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=free.dtype), 0)
+    return Latent(
+        name, law, in_cells, tuple((f.name, f.size, f.dim) for f in frames),
+        tuple(fn.batch_shape[:-1] if in_cells else fn.batch_shape), tuple(fn.event_shape), fn.support,
+        centre.float(), ((high - low) / 1.349).clamp(1e-3, 1e3).float(),
+    )  # fmt: skip
+
+
+def family(loc: Tensor, scale: Tensor, support: Any) -> Any:
+    """A normal over the reals mapped to a support, with the support's event dimensions."""
+    plain, event_dim = _plain(support), support.event_dim
+    if plain is constraints.real:
+        return dist.Normal(loc, scale).to_event(event_dim)
+    if plain in (constraints.positive, constraints.nonnegative):
+        return dist.LogNormal(loc, scale).to_event(event_dim)
+    return dist.TransformedDistribution(dist.Normal(loc, scale), biject_to(support))
+
+
+# ---- the guides -----------------------------------------------------------------------------
+
+
+class GlobalGuide(nn.Module):
+    """A mean-field normal on the unconstrained scale, with a location and a log sd for each number.
+
+    Starts at the prior's median with a tenth of its sd; sites "dispersion" and "rho" at the data's moments.
+    """
+
+    def __init__(self, site: Latent) -> None:
+        super().__init__()
+        self.site = site
+        self.loc = nn.Parameter(site.centre.clone())
+        self.log_scale = nn.Parameter((0.1 * site.spread).log())
+
+    def start(self, cells: Cells) -> None:
+        """Set location and scale from moments, where the site's name says what it is."""
+        name, shape, plain = self.site.name, self.site.event_shape, _plain(self.site.support)
+        positive = plain in (constraints.positive, constraints.nonnegative)
+        if self.site.batch_shape or shape[-1:] != (cells.n_genes,):
+            return
+        loc = scale = None
+        if name == "dispersion" and positive:
+            loc, scale = moments(cells), torch.tensor(0.1)
+        elif name == "rho" and len(shape) == 1:
+            counts = cells.gene_sums().counts
+            if plain is constraints.simplex:
+                share = (counts + 1) / (counts + 1).sum()
+                loc = biject_to(self.site.support).inv(share)
+                # A stick of a Dirichlet is a Beta(a, b), whose logit has variance about 1/a + 1/b.
+                rest = (counts + 1).flip(0).cumsum(0).flip(0)
+                scale = (1 / (counts + 1)[:-1] + 1 / rest[1:]).sqrt()
+            elif positive:
+                loc = ((counts + 0.1) / cells.depth.double().sum()).log()
+                scale = 1 / (counts + 1).sqrt()
+        if loc is not None and scale is not None:
+            with torch.no_grad():
+                self.loc.copy_(loc.expand_as(self.loc))
+                self.log_scale.copy_(scale.log().expand_as(self.log_scale))
+
+    def law(self) -> Any:
+        """The guide's distribution."""
+        return family(self.loc, self.log_scale.exp(), self.site.support)
+
+    def draw(self, cells: Cells) -> None:
+        """Draw the site, inside the plates the model draws it in."""
+        law = self.law()
+        if self.training:
+            # Where the KL has no closed form, its gradient goes through the draw alone: the rest has mean zero, and
+            # without it the noise falls to a third (Roeder et al. 2017, NeurIPS, "Sticking the landing").
+            still = family(self.loc.detach(), self.log_scale.detach().exp(), self.site.support)
+            law.log_prob = still.log_prob
+        with _plates(self.site):
+            pyro.sample(self.site.name, law)
+
+
+class LocalGuide(nn.Module):
+    """An amortised normal on the unconstrained scale: a head on features and the log total count.
+
+    The log total joins past the encoder's norm, which removes the scale of its input. Locations and scales are in
+    units of the prior's; ``library`` starts at the observed total.
+    """
+
+    def __init__(self, site: Latent, n_features: int, schema: Schema) -> None:
+        super().__init__()
+        self.site = site
+        numbers = max(site.centre.numel(), 1)
+        self.loc = nn.Linear(n_features + 1, numbers)
+        self.log_variance = nn.Linear(n_features + 1, numbers)
+        means, sds = torch.tensor(schema.log_library_mean), torch.tensor(schema.log_library_sd)
+        self.depth_mean = float(means.mean())
+        self.depth_sd = max(float((sds.square().mean() + means.var(correction=0)).sqrt()), 0.1)
+        centre, spread = site.centre.reshape(-1), site.spread.reshape(-1)
+        if site.name == "library" and site.support.event_dim <= 1 and numbers == 1 and _is_positive(site.support):
+            centre, spread = torch.full_like(centre, self.depth_mean), torch.ones_like(spread)
+            for head, bias in ((self.loc, 0.0), (self.log_variance, 2 * math.log(0.1))):
+                nn.init.zeros_(head.weight)
+                nn.init.constant_(head.bias, bias)
+            with torch.no_grad():
+                self.loc.weight[0, -1] = self.depth_sd
+        self.register_buffer("centre", centre.clone())
+        self.register_buffer("spread", spread.clone())
+
+    def law(self, cells: Cells, features: Tensor) -> Any:
+        """The guide's distribution for these cells."""
+        depth = (cells.library.clamp(min=0.5).log() - self.depth_mean) / self.depth_sd
+        hidden = torch.cat([features, depth], -1)
+        loc = self.centre + self.spread * self.loc(hidden)
+        scale = self.spread * (self.log_variance(hidden).exp() + 1e-6).sqrt()
+        return family(self._shaped(loc), self._shaped(scale), self.site.support)
+
+    def _shaped(self, values: Tensor) -> Tensor:
+        """(n, numbers) as (batch, n, event), the cells last of the batch dimensions."""
+        free = self.site.centre.shape
+        n_batch = len(self.site.batch_shape)
+        return values.view(len(values), *free).movedim(0, n_batch)
+
+    def draw(self, cells: Cells, features: Tensor) -> None:
+        """Draw the site in the plate of cells, and in the others the model draws it in."""
+        with cells.plate(), _plates(self.site):
+            pyro.sample(self.site.name, self.law(cells, features))
+
+
+def _is_positive(support: Any) -> bool:
+    return _plain(support) in (constraints.positive, constraints.nonnegative)
+
+
+def _plates(site: Latent) -> ExitStack:
+    stack = ExitStack()
+    for name, size, dim in site.frames:
+        stack.enter_context(pyro.plate(name, size, dim=dim))
+    return stack
+
+
+class Completion(nn.Module):
+    """Guides of the sites that the guide function leaves out, by site.
+
+    encoder : a network of its own, where sites of cells are completed and the story has no part "encoder"
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sites = Parts()
+        self.encoder: Encoder | None = None
+
+    @property
+    def guides(self) -> list[Any]:
+        """The guides, globals first."""
+        return list(self.sites.values())
+
+    @property
+    def names(self) -> list[str]:
+        """Completed sites, globals first."""
+        return [guide.site.name for guide in self.guides]
+
+    def settle(self, sites: list[Latent], schema: Schema, parts: Mapping[str, nn.Module], blank: Cells) -> None:
+        """Guides for these sites; those that were there for the same kind of site keep their weights."""
+        held = dict(self.sites.items())
+        own = self.encoder
+        if any(site.in_cells for site in sites) and not _reads(parts.get("encoder")):
+            if own is None:
+                own = Encoder(None)
+                own.build(schema, {}, {})
+        else:
+            own = None
+        self.encoder, encoder = own, own if own is not None else parts.get("encoder")
+        self.sites = Parts()
+        for site in sorted(sites, key=lambda s: s.in_cells):
+            n_features = _features(encoder, blank).shape[-1] if site.in_cells else 0
+            old = held.get(site.name)
+            same = old is not None and old.site.like == site.like
+            if same and isinstance(old, LocalGuide):
+                same = old.loc.in_features == n_features + 1
+            if not same:
+                old = LocalGuide(site, n_features, schema) if site.in_cells else GlobalGuide(site)
+            self.sites[site.name] = old
+
+    def global_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the guides of global sites, which take a learning rate of their own."""
+        for guide in self.guides:
+            if isinstance(guide, GlobalGuide):
+                yield from guide.parameters()
+
+    def start(self, cells: Cells) -> None:
+        """Set new guides of global sites from data; once for each."""
+        for guide in self.guides:
+            if isinstance(guide, GlobalGuide) and not getattr(guide, "started", False):
+                guide.start(cells)
+            guide.started = True
+
+    def draw_globals(self, cells: Cells) -> None:
+        """Draw the completed global sites."""
+        for guide in self.guides:
+            if isinstance(guide, GlobalGuide):
+                guide.draw(cells)
+
+    def draw_locals(self, cells: Cells, encoder: nn.Module | None) -> None:
+        """Draw the completed sites of cells."""
+        own = [guide for guide in self.guides if isinstance(guide, LocalGuide)]
+        if own:
+            features = _features(self.encoder if self.encoder is not None else encoder, cells)
+            for guide in own:
+                guide.draw(cells, features)
+
+
+def _reads(encoder: nn.Module | None) -> bool:
+    return encoder is not None and (hasattr(encoder, "read") or hasattr(encoder, "features"))
+
+
+def _features(encoder: Any, cells: Cells) -> Tensor:
+    return encoder.read(cells) if hasattr(encoder, "read") else encoder.features(cells.log1p(), None)
