@@ -108,12 +108,11 @@ def fit_pyrosc(adata: Any, at: dict[str, Any], seed: int, progress: bool) -> tup
     encoder, decoder = program.parts["encoder"], program.parts["decoder"]
 
     def encode(x: Any, batch: Any) -> Any:
-        hidden = encoder.features(x.log1p())
-        return encoder.loc(hidden), (encoder.log_variance(hidden).exp() + 1e-4).sqrt()
+        return encoder.moments(encoder.features(x.log1p()))
 
     def decode(z: Any, x: Any, batch: Any) -> Any:
-        level = torch.nn.functional.one_hot(batch, cells.schema.n_batches).double().expand(*z.shape[:-1], -1)
-        return decoder.out(decoder.layers(torch.cat([z, level], -1))).softmax(-1), program.parts["dispersion"]()
+        level = torch.nn.functional.one_hot(batch, cells.schema.n_batches).double()
+        return decoder.out(decoder.layers(z, level)).softmax(-1), program.parts["dispersion"]()
 
     facts = {
         "epochs": len(result.history),

@@ -76,6 +76,8 @@ class Cells:
         Given size factors.
     gene_mask : (G,) bool tensor or None
         Genes that were measured in these cells; None means all.
+    kept : float
+        Share of each count that `thin` left; 1 for counts as they were measured.
     """
 
     schema: Schema
@@ -103,6 +105,7 @@ class Cells:
         self._plate: Any = None
         self._running = False
         self._memo: dict[Any, Any] | None = None
+        self.kept = 1.0
         self.dtype = torch.float32
         self.total = len(library)
 
@@ -404,7 +407,9 @@ class Cells:
         values = {c.column: (numbers_of(obs, c.column, "continuous") - c.mean) / c.sd for c in schema.continuous}
         factors = numbers_of(obs, schema.size_factor, "size_factor") if schema.size_factor else None
         _say(notes)
-        return cls._hold(schema, aligned, library, codes, values, factors, obs, mask)
+        return cls._hold(schema, aligned, library, codes, values, factors, obs, mask)._copy(
+            kept=data.kept if isinstance(data, Cells) else 1.0
+        )
 
     def _decoded_obs(self) -> pd.DataFrame:
         """``obs`` with the columns of the schema as they now are (after ``do`` too)."""
@@ -690,19 +695,23 @@ class Cells:
         return self._copy(codes=codes, values=values, _obs=obs)
 
     def thin(self, fraction: float, *, seed: int = 0) -> tuple[Cells, Cells]:
-        """Each count kept with probability ``fraction``: (kept, the rest), which add up to these cells."""
+        """Each count kept with probability ``fraction``: (kept, the rest), which add up to these cells.
+
+        Their ``kept`` says which share they hold. Independent parts of Poisson counts; `check.compare` uses the one
+        to predict the other.
+        """
         if not 0 < fraction < 1:
             raise ValueError(f"fraction must be between 0 and 1, not {fraction}")
         held = self._own_counts()
         data = held.data.numpy()
         kept = np.random.default_rng(seed).binomial(data.astype(np.int64), fraction)
         parts = []
-        for part in (kept, data - kept):
+        for part, share in ((kept, fraction), (data - kept, 1 - fraction)):
             csr = sparse.csr_matrix(
                 (part, held.indices.numpy(), held.indptr.numpy()), shape=(len(held), self.n_genes), copy=True
             )
             csr.eliminate_zeros()
-            parts.append(self.with_counts(csr)._with_own_library())
+            parts.append(self.with_counts(csr)._with_own_library()._copy(kept=self.kept * share))
         return parts[0], parts[1]
 
     def _with_own_library(self) -> Cells:

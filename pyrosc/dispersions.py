@@ -62,6 +62,8 @@ class GeneDispersion(Part):
     hold what the cells' differences add, so it starts too low and rises in training.
     """
 
+    prior: Any
+
     def __init__(self, prior: nn.Module | None = None) -> None:
         if prior is not None and not isinstance(prior, nn.Module):
             raise ValueError(f"prior must be a part, such as Prior(dist.LogNormal, 1.0, 1.0), not {prior!r}")
@@ -200,13 +202,15 @@ class NoDispersion(Part):
 class InverseSqrtPrior(Part):
     """1 / sqrt(dispersion) ~ Exponential(rate), one a gene: departure from Poisson noise is penalised.
 
-    1 / sqrt(dispersion) is the coefficient of variation of the rate beyond Poisson noise; its prior mean is 1 / rate. The density
-    falls to nothing at dispersion 0, so that rare genes do not run away.
+    1 / sqrt(dispersion) is the coefficient of variation of the rate beyond Poisson noise; its prior mean is
+    1 / rate. The density falls to nothing at dispersion 0, so that rare genes do not run away.
 
     Parameters
     ----------
     rate : positive; 3 expects coefficients of variation around a third
     """
+
+    rate: Tensor  # (G,)
 
     def __init__(self, rate: float = 3.0) -> None:
         if not rate > 0:
@@ -231,6 +235,8 @@ class TrendPrior(Part):
     ----------
     sd : of log dispersion around the trend; None starts at the scatter of moment estimates and learns it
     """
+
+    log_mean: Tensor  # (G,)
 
     def __init__(self, sd: float | None = None) -> None:
         if sd is not None and not sd > 0:

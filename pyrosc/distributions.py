@@ -459,6 +459,17 @@ class NegativeBinomial(_Counts):
         """Probability of at most ``value`` (any real number), without gradient."""
         return _nb_cdf(value, self._mean, self._dispersion)
 
+    def rest_given(self, kept: Tensor, fraction: float) -> NegativeBinomial:
+        """Law of the counts that were dropped, if this is the law of those kept, each with probability ``fraction``.
+
+        With mean m and dispersion d: negative binomial with dispersion d + kept and mean
+        m (1 - fraction) / fraction * (d + kept) / (d + m): the gamma rate behind the counts, updated by those kept.
+        """
+        size = self._dispersion + kept
+        # (d + kept) / (d + m), which tends to 1 for large d
+        ratio = 1 + (kept - self._mean) / (self._dispersion + self._mean)
+        return NegativeBinomial((1 - fraction) / fraction * self._mean * ratio, size, validate_args=False)
+
 
 class ZeroInflatedNegativeBinomial(_Counts):
     """Negative binomial counts that are replaced by zero with probability ``sigmoid(gate_logits)``.
@@ -537,6 +548,17 @@ class ZeroInflatedNegativeBinomial(_Counts):
         extra = torch.sigmoid(self._gate_logits.detach())
         return extra * (value >= 0) + (1 - extra) * _nb_cdf(value, self._mean, self._dispersion)
 
+    def rest_given(self, kept: Tensor, fraction: float) -> ZeroInflatedNegativeBinomial:
+        """Law of the counts that were dropped, as for `NegativeBinomial`.
+
+        A count kept shows that the gate was open; none kept raises its log odds of being closed by -log NB(0).
+        """
+        counted = NegativeBinomial(self._mean, self._dispersion, validate_args=False)
+        zero = -self._dispersion * torch.log1p(self._mean / self._dispersion)
+        closed = torch.where(kept > 0, -torch.inf, self._gate_logits - zero)
+        rest = counted.rest_given(kept, fraction)
+        return ZeroInflatedNegativeBinomial(rest._mean, rest._dispersion, closed, validate_args=False)
+
 
 class Poisson(_Counts):
     """Poisson counts, with the log density taken at the non-zero counts only.
@@ -580,6 +602,10 @@ class Poisson(_Counts):
         """Counts; rates are clamped at 1e8."""
         with torch.no_grad():
             return torch.poisson(self._full("mean", self._extended_shape(torch.Size(sample_shape))).clamp(max=_MOST))
+
+    def rest_given(self, kept: Tensor, fraction: float) -> Poisson:
+        """Law of the counts that were dropped, as for `NegativeBinomial`: those kept say nothing of them."""
+        return Poisson((1 - fraction) / fraction * self._mean + 0 * kept, validate_args=False)
 
     def cdf(self, value: Tensor) -> Tensor:
         """Probability of at most ``value``, without gradient."""

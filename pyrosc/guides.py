@@ -108,7 +108,7 @@ def plate_depth(*traces: poutine.Trace) -> int:
         for site in trace.nodes.values()
         if site["type"] == "sample"
         for frame in site["cond_indep_stack"]
-        if frame.vectorized
+        if frame.dim is not None
     ]
     return max(dims, default=1)
 
@@ -341,7 +341,7 @@ class Completion(nn.Module):
         self.sites = Parts()
         for site in sorted(sites, key=lambda s: s.in_cells):
             n_features = _features(encoder, blank).shape[-1] if site.in_cells else 0
-            old = held.get(site.name)
+            old: Any = held.get(site.name)
             same = old is not None and old.site.like == site.like
             if same and isinstance(old, LocalGuide):
                 same = old.loc.in_features == n_features + 1

@@ -47,6 +47,9 @@ class LatentLibrary(Part):
         (the schema's; Lopez et al. 2018)
     """
 
+    mean: Tensor  # (B,) of log library
+    sd: Tensor  # (B,)
+
     def __init__(self, mean: float | None = None, sd: float | None = None) -> None:
         if mean is not None and not math.isfinite(mean):
             raise ValueError(f"mean is that of log counts, such as 7.0, not {mean!r}")

@@ -177,6 +177,62 @@ class Fit:
         table.attrs["unit"] = "share" if self.schema.size_factor is None else "rate per unit of size factor"
         return table
 
+    def draws(
+        self,
+        site: str,
+        cells: Cells | anndata.AnnData,
+        n_draws: int = 100,
+        *,
+        do: Mapping[str, Any] | None = None,
+        seed: int = 0,
+    ) -> np.ndarray:
+        """Posterior draws of any site of the story: ``fit.draws("dispersion", cells)``.
+
+        Returns
+        -------
+        array
+            (S, N, event) for a site of each cell, in the order of ``cells``; (S, event) for one of all cells, which does
+            not depend on ``cells`` but on those of the fit. Random through ``seed``. Sites in further plates have
+            those after N.
+
+        Raises
+        ------
+        ValueError
+            If the story has no such site, it is observed, or the draws would not fit into memory.
+        """
+        cells = self._ready(cells)
+        n_draws = _whole("n_draws", n_draws, 1)
+        is_global = False
+
+        def ask(block: Cells, trace: poutine.Trace, n: int | None) -> Tensor:
+            nonlocal is_global
+            if site not in trace.nodes or site not in _drawn(trace):
+                raise ValueError(
+                    f'{self.program.story} has no site "{site}". Its sites: {listed(_drawn(trace), 20)}.'
+                    + did_you_mean(site, _drawn(trace))
+                )
+            node: Any = trace.nodes[site]
+            if node["is_observed"] and not is_computed(node):
+                raise ValueError(f'site "{site}" is observed; predictive() draws it anew')
+            event = node["fn"].event_dim
+            value = node["value"]
+            if not in_cells(node):
+                is_global = True
+                value = value if n is None else value.flatten(0, value.dim() - event - 1)
+                return value.unsqueeze(0) if n is None else value.expand(n, *value.shape[1:])
+            each = value.numel() // max(len(block), 1) * (n_draws if n is None else 1)
+            require_memory(8 * each * len(cells), "these draws", "Ask for fewer draws or cells at a time.")
+            front = int(n is not None)
+            value = value.movedim(value.dim() - event - 1, front)
+            return value.cpu() if n is not None else value.unsqueeze(0).cpu()
+
+        found = []
+        for block in by_draws(self.program, [cells, cells if do is None else cells.do(**do)], n_draws, seed, ask):
+            found.append(block.cpu())
+            if is_global:
+                break
+        return torch.cat(found, 1).numpy() if not is_global else found[0].numpy()
+
     def elbo(self, cells: Cells | anndata.AnnData, *, n_draws: int = 1, seed: int = 0) -> np.ndarray:
         """(N,) evidence lower bound of each cell in nats, at KL weight 1, averaged over draws.
 
@@ -212,7 +268,7 @@ class Fit:
                 return torch.cat([_log_weight(program, _draw(program, block), block) for _ in range(n_draws)]).cpu()
             return _log_weight(program, _draw(program, block, n_draws), block, n_draws).cpu()
 
-        return _by_block(program, [cells], n_draws * 2 * self._per_draw, seed, ask)
+        return _by_block(program, [cells], n_draws * 2 * _combinations(program), seed, ask)
 
     def predictive(self, n_draws: int, return_sites: Sequence[str] | None = None) -> Predictive:
         """Pyro's own Predictive: latent sites from the guide, counts drawn anew.
@@ -380,28 +436,12 @@ class Fit:
     ) -> Iterator[Tensor]:
         """(S, n, genes) draws of a site, averaged over worlds, block by block of cells."""
         chosen = None if at is None else torch.as_tensor(at, device=self.device)
-        program = self.program
 
-        def ask(block: Cells, *decoded: Cells) -> Tensor:
-            total: Any = 0
-            # A story may index its global sites by cell, which draws in front of them would break: one run a draw.
-            each: list[int | None] = [None] * n_draws if program.has_globals else [n_draws]
-            guides = [_with_discrete(program, _draw(program, block, n), block, n) for n in each]
-            for other in decoded:
-                runs = zip(guides, each)
-                values = torch.cat(
-                    [self._value(site, _along(program, g, other, n), n, len(block), changed) for g, n in runs]
-                )
-                total = total + (values if chosen is None else values.index_select(-1, chosen))
-            return total / len(decoded)
+        def ask(block: Cells, trace: poutine.Trace, n: int | None) -> Tensor:
+            values = self._value(site, trace, n, len(block), changed)
+            return values if chosen is None else values.index_select(-1, chosen)
 
-        together = [worlds[0][0], *(decoded for _, decoded in worlds)]
-        return _by_block(program, together, n_draws * 2 * self._per_draw, seed, ask)
-
-    @property
-    def _per_draw(self) -> int:
-        """Dense blocks that one draw takes: one for each combination of values that is summed out."""
-        return 4 if self.program.enumerated else 1
+        return by_draws(self.program, [worlds[0][0], *(decoded for _, decoded in worlds)], n_draws, seed, ask)
 
     def _value(self, site: str, trace: poutine.Trace, n_draws: int | None, n_cells: int, changed: bool) -> Tensor:
         if site not in trace.nodes:
@@ -499,6 +539,39 @@ def _summed(program: Program, model: poutine.Trace, n_draws: int | None) -> Enum
         if not is_computed(site) and (name in program.enumerated or summed.concerns(site)):
             summed.add(name, site)
     return summed
+
+
+def by_draws(
+    program: Program,
+    together: list[Cells],
+    n_draws: int,
+    seed: int,
+    ask: Callable[[Cells, poutine.Trace, int | None], Tensor],
+) -> Iterator[Tensor]:
+    """(S, n, ...) answers to runs of the model along posterior draws, averaged over worlds, block by block of cells.
+
+    Parameters
+    ----------
+    together : cells to read, then the same cells in each world they are decoded in
+    ask : (cells decoded, trace of the model, S or None) -> (S, n, ...) or, for None, (1, n, ...)
+        With S the trace holds S draws in front of the plates; with None it is the run of one draw.
+    """
+    # A story may index its global sites by cell, which draws in front of them would break: one run a draw.
+    each: list[int | None] = [None] * n_draws if program.has_globals else [n_draws]
+
+    def answer(block: Cells, *decoded: Cells) -> Tensor:
+        guides = [_with_discrete(program, _draw(program, block, n), block, n) for n in each]
+        total: Any = 0
+        for other in decoded:
+            total = total + torch.cat([ask(other, _along(program, g, other, n), n) for g, n in zip(guides, each)])
+        return total / len(decoded)
+
+    return _by_block(program, together, n_draws * 2 * _combinations(program), seed, answer)
+
+
+def _combinations(program: Program) -> int:
+    """Dense blocks that one draw takes: more where values of a discrete site are summed out."""
+    return 4 if program.enumerated else 1
 
 
 def _by_block(

@@ -170,6 +170,11 @@ class MixturePrior(Part):
     dimensions: a mixture of vectors, not a product of mixtures. The KL term is Monte Carlo.
     """
 
+    encoder: Any
+    loc: Tensor  # (k, K)
+    log_scale: Tensor  # (k, K)
+    logits: Tensor  # (k,)
+
     def __init__(
         self,
         k: int | None = None,
@@ -206,7 +211,7 @@ class MixturePrior(Part):
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> MixturePrior:
         """The mixture that a file describes."""
-        numbers = {
+        numbers: dict[str, Any] = {
             "locs": tensors["loc"],
             "scales": tensors["log_scale"].exp(),
             "weights": tensors["logits"].softmax(-1),
@@ -296,6 +301,8 @@ class VampPrior(Part):
     mixture is over vectors; the KL term is Monte Carlo.
     """
 
+    encoder: Any
+
     def __init__(self, k: int = 50) -> None:
         super().__init__(k=_component_count(k))
 
@@ -316,7 +323,8 @@ class VampPrior(Part):
         if encoder is None or not (hasattr(encoder, "features") and hasattr(encoder, "moments")):
             found = "no such part" if encoder is None else type(encoder).__name__
             raise ProgramError(
-                f'VampPrior reads its pseudo-cells with the part "encoder", which must have features() and moments(); found {found}'
+                'VampPrior reads its pseudo-cells with the part "encoder", which must have features() and moments(); '
+                f"found {found}"
             )
         sees = getattr(encoder, "covariates", None)
         n_columns = None if sees is None else sees.n_columns
@@ -372,7 +380,8 @@ class FlowPrior(Part):
     Parameters
     ----------
     n_layers : number of coupling layers, each followed by a reversal of the dimensions
-    kind : "affine" (RealNVP, Dinh et al. 2017) or "spline" (rational splines, Durkan et al. 2019; the identity beyond +-3)
+    kind : "affine" (RealNVP, Dinh et al. 2017) or "spline" (rational splines, Durkan et al. 2019)
+        A spline is the identity beyond +-3.
     n_hidden : width of the network in each layer
 
     Notes
@@ -381,6 +390,9 @@ class FlowPrior(Part):
     (``requires_grad_(False)``), ``replace(prior=FlowPrior())``, and fit again; the decoder stays, and the
     ELBO gains up to KL(aggregate posterior, N(0, I)). The KL term is Monte Carlo.
     """
+
+    zero: Tensor  # (K,)
+    reversal: Tensor  # (K,) positions, last to first
 
     def __init__(self, n_layers: int = 4, kind: str = "affine", *, n_hidden: int = 32) -> None:
         for name, value in (("n_layers", n_layers), ("n_hidden", n_hidden)):

@@ -147,8 +147,9 @@ class Program(nn.Module):
                     build(self.schema, sizes, dict(self.parts.items()))
                     part.built_for, part.started = built_for, False  # type: ignore[assignment]
             for part in self.parts.values():
-                if hasattr(part, "link"):
-                    part.link(dict(self.parts.items()))
+                link = getattr(part, "link", None)
+                if link is not None:
+                    link(dict(self.parts.items()))
         self._complete()
 
     def _complete(self) -> None:
@@ -172,7 +173,8 @@ class Program(nn.Module):
             for name in self.enumerated:
                 if not any(f.name == "cells" for f in drawn[name]["cond_indep_stack"]):
                     raise ProgramError(
-                        f'site "{name}" is to be enumerated, but is one for all cells: only sites in the plate of cells are summed out'
+                        f'site "{name}" is to be enumerated, but is one for all cells: '
+                        "only sites in the plate of cells are summed out"
                     )
             missing = [name for name in drawn if name not in names and name not in self.enumerated]
             sites = survey(lambda: poutine.trace(self.model).get_trace(blank), missing) if missing else []
@@ -301,11 +303,12 @@ class Program(nn.Module):
 
     def start(self, cells: Cells) -> None:
         """Set values that new parts take from data (``part.start``); once for each part."""
-        new = [part for _, part in sorted(self.parts.items()) if not getattr(part, "started", False)]
+        new: list[Any] = [part for _, part in sorted(self.parts.items()) if not getattr(part, "started", False)]
         for part in new:
             frozen = [not p.requires_grad for p in part.parameters()]
             if hasattr(part, "start") and not (frozen and all(frozen)):
-                part.start(cells)
+                with torch.no_grad():
+                    part.start(cells)
         self.completion.start(cells)
         self.set_started()
 
@@ -519,8 +522,9 @@ def _check_sites(guide: poutine.Trace, model: poutine.Trace, cells: Cells, enume
         wide, narrow = _reach(q.support), _reach(p.support)
         if wide == "all reals" and narrow not in ("all reals", ""):
             raise ProgramError(
-                f'site "{name}": the guide ({law_of(q)}, all reals) can draw values that the prior ({law_of(p)}, {narrow}) '
-                "rules out. Use a distribution with that support in the guide, such as LogNormal for positive numbers."
+                f'site "{name}": the guide ({law_of(q)}, all reals) can draw values that the prior '
+                f"({law_of(p)}, {narrow}) rules out. Use a distribution with that support in the guide, "
+                "such as LogNormal for positive numbers."
             )
         if not q.has_rsample:
             raise ProgramError(
@@ -528,19 +532,17 @@ def _check_sites(guide: poutine.Trace, model: poutine.Trace, cells: Cells, enume
                 "Draw it from a continuous distribution, or leave a discrete site out of the guide and sum it out: "
                 'infer={"enumerate": "parallel"} in the model'
             )
-        sizes = [{f.name: f.size for f in s["cond_indep_stack"]} for s in (drawn[name], site)]
-        for plate in sizes[0].keys() & sizes[1].keys():
-            if sizes[0][plate] != sizes[1][plate]:
-                raise ProgramError(
-                    f'site "{name}": plate "{plate}" has size {sizes[0][plate]:,} in the guide and {sizes[1][plate]:,} in the '
-                    "model, so that its KL and its likelihood are weighed differently; cells.plate() in both gives one"
-                )
         scales = [float(torch.as_tensor(s["scale"]).max()) for s in (drawn[name], site)]
-        masks = [s["mask"] is not None for s in (drawn[name], site)]
-        if scales[0] != scales[1] or masks[0] != masks[1]:
+        if scales[0] != scales[1]:
             raise ProgramError(
-                f'site "{name}": a scale or mask handler is around it in one of model and guide only; the analytic KL takes the '
-                "guide's. Put it around both, or around neither"
+                f'site "{name}" counts {scales[0]:g} times in the guide and {scales[1]:g} times in the model, so that '
+                "its KL and the likelihood are weighed differently: their plates differ in size (cells.plate() in both "
+                "gives one), or a scale handler is around one of them only"
+            )
+        if (drawn[name]["mask"] is None) != (site["mask"] is None):
+            raise ProgramError(
+                f'site "{name}": a mask handler is around it in one of model and guide only; the analytic KL takes '
+                "the guide's. Put it around both, or around neither"
             )
         plates = [sorted(f.name for f in s["cond_indep_stack"]) for s in (drawn[name], site)]
         if plates[0] != plates[1]:

@@ -35,10 +35,10 @@ from .cells import Cells
 from .counts import logger, require_memory
 from .elbo import KLWeight, elbo_terms
 from .errors import FitError, PyroscWarning
+from .guides import is_computed
 from .isolation import checked_seed
 from .loading import blocks, minibatches, n_batches_of
 from .posterior import Fit
-from .guides import is_computed
 from .program import Program
 from .schema import did_you_mean
 
@@ -146,8 +146,8 @@ def fit(
         weight_decay = _PRIOR_PRECISION / len(train)
     held: Any = validation
     given = {
-        "epochs": int(epochs), "batch_size": int(batch_size), "lr": float(lr), "global_lr": float(global_lr), "schedule": schedule,
-        "warmup": float(warmup),
+        "epochs": int(epochs), "batch_size": int(batch_size), "lr": float(lr),
+        "global_lr": float(global_lr), "schedule": schedule, "warmup": float(warmup),
         "validation": None if held is None else float(held) if np.ndim(held) == 0 else [int(i) for i in held],
         "patience": None if patience is None else int(patience), "weight_decay": float(weight_decay),
         "clip_norm": float(clip_norm), "seed": seed,
@@ -155,7 +155,12 @@ def fit(
     run = _Run(program.copy().to(place), train.to(place), None if held_out is None else held_out.to(place), given)
     if not any(p.requires_grad for p in run.program.parameters()):
         raise ValueError("every weight is frozen (requires_grad=False), so there is nothing to fit")
-    run.settings |= {"device": str(place), "fingerprint": cells.fingerprint(), "versions": versions()}
+    run.settings |= {
+        "device": str(place),
+        "kept": cells.kept,
+        "fingerprint": cells.fingerprint(),
+        "versions": versions(),
+    }
     with _interrupts() as interrupted, run.program.driven(seed, train=True):
         try:
             run.prepare()
@@ -199,7 +204,8 @@ def _check_arguments(
         if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
     for name, value in (
-        ("lr", lr), ("global_lr", global_lr), ("warmup", warmup), ("weight_decay", weight_decay), ("clip_norm", clip_norm),
+        ("lr", lr), ("global_lr", global_lr), ("warmup", warmup), ("weight_decay", weight_decay),
+        ("clip_norm", clip_norm),
     ):  # fmt: skip
         if isinstance(value, bool) or not (
             isinstance(value, numbers.Real) or (value is None and name == "weight_decay")
