@@ -120,6 +120,14 @@ def _plain(support: Any) -> Any:
     return support
 
 
+def _support(fn: Any) -> Any:
+    """The support of a law; that of a mixture is its components'."""
+    support = fn.support
+    while type(support).__name__ == "MixtureSameFamilyConstraint":
+        support = support.base_constraint
+    return support
+
+
 def _bounds(support: Any) -> tuple[float, ...]:
     inner = _plain(support)
     found = [getattr(inner, name) for name in ("lower_bound", "upper_bound") if hasattr(inner, name)]
@@ -152,7 +160,8 @@ def _surveyed(name: str, sites: list[Any]) -> Latent:
     by_hand = f'Draw "{name}" in the guide yourself, or write the story without it.'
     if law in _PERIODIC:
         raise _refuse(name, f"{law} is periodic, and a normal on the line would run around the circle", by_hand)
-    if fn.support.is_discrete:
+    support = _support(fn)
+    if support.is_discrete:
         raise _refuse(
             name,
             f"{law} is discrete, and has no gradient",
@@ -160,12 +169,12 @@ def _surveyed(name: str, sites: list[Any]) -> Latent:
         )
     if site["mask"] is not None or float(torch.as_tensor(site["scale"]).max()) != 1.0:
         raise _refuse(name, "it is drawn under a mask or scale handler, which its KL term would not follow", by_hand)
-    if any(_bounds(other["fn"].support) != _bounds(fn.support) for other in sites):
+    if any(_bounds(_support(other["fn"])) != _bounds(support) for other in sites):
         raise _refuse(name, f"the support of {law} depends on another site", by_hand)
     try:
-        transform = biject_to(fn.support)
+        transform = biject_to(support)
     except NotImplementedError as error:
-        raise _refuse(name, f"there is no map from the real line to its support ({fn.support})", by_hand) from error
+        raise _refuse(name, f"there is no map from the real line to its support ({support})", by_hand) from error
     frames = [f for f in site["cond_indep_stack"] if f.name != "cells"]
     in_cells = len(frames) < len(site["cond_indep_stack"])
     if in_cells and (not fn.batch_shape or any(f.dim == -1 for f in frames)):
@@ -177,7 +186,7 @@ def _surveyed(name: str, sites: list[Any]) -> Latent:
     low, centre, high = free.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=free.dtype), 0)
     return Latent(
         name, law, in_cells, tuple((f.name, f.size, f.dim) for f in frames),
-        tuple(fn.batch_shape[:-1] if in_cells else fn.batch_shape), tuple(fn.event_shape), fn.support,
+        tuple(fn.batch_shape[:-1] if in_cells else fn.batch_shape), tuple(fn.event_shape), support,
         centre.float(), ((high - low) / 1.349).clamp(1e-3, 1e3).float(),
     )  # fmt: skip
 
@@ -216,7 +225,7 @@ class GlobalGuide(nn.Module):
         loc = scale = None
         if name == "dispersion" and positive:
             loc, scale = moments(cells), torch.tensor(0.1)
-        elif name == "rho" and len(shape) == 1:
+        elif name == "rho":
             counts = cells.gene_sums().counts
             if plain is constraints.simplex:
                 share = (counts + 1) / (counts + 1).sum()

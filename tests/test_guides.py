@@ -275,6 +275,22 @@ def test_a_completed_z_is_as_good_as_the_guide_written_by_hand(fitted):
         assert found[1:] == pytest.approx([found[0]] * 2, rel=margin)
 
 
+@pytest.mark.parametrize(
+    "prior",
+    [lambda: pyrosc.MixturePrior(4), lambda: pyrosc.VampPrior(4), lambda: pyrosc.FlowPrior(2),
+     lambda: pyrosc.FlowPrior(2, "spline"), lambda: Prior(dist.StudentT, 5.0)],
+    ids=["mixture", "vamp", "flow", "spline", "student"],
+)  # fmt: skip
+def test_every_prior_on_z_is_completed(cells, prior, tmp_path):
+    parts = dict(pyrosc.scvi(cells, n_latent=3, n_hidden=8).parts.items()) | {"prior": prior()}
+    fit = default_fit(Program(story.model, cells, **parts), cells, epochs=4)
+    fit.save(tmp_path / "a.safetensors")
+
+    assert fit.history["train_elbo"].iloc[-1] > fit.history["train_elbo"].iloc[0]
+    again = pyrosc.load(tmp_path / "a.safetensors", model=story.model)
+    np.testing.assert_array_equal(again.latent(cells), fit.latent(cells))
+
+
 def test_features_are_computed_once_in_a_run(cells):
     program = pyrosc.scvi(cells, n_latent=3, n_hidden=8, library=LatentLibrary())
     calls = []
