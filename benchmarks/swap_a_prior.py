@@ -117,8 +117,16 @@ def main() -> None:
     found = {"pyrosc": with_pyrosc(adata), "scvi-tools": with_scvi_tools(adata, options.epochs)}
     versions = {name: metadata.version(name) for name in ("pyrosc", "scvi-tools")}
     counted = {side: len(lines(side)) for side in found}
-    text = ["# A mixture instead of N(0, I)", "", "Made by `benchmarks/swap_a_prior.py`, which says how to read it.", ""]
-    text += ["| | lines | held-out ELBO before | after | log p(x) after, by its own estimate |", "|---|---|---|---|---|"]
+    text = [
+        "# A mixture instead of N(0, I)",
+        "",
+        "Made by `benchmarks/swap_a_prior.py`, which says how to read it.",
+        "",
+    ]
+    text += [
+        "| | lines | held-out ELBO before | after | log p(x) after, by its own estimate |",
+        "|---|---|---|---|---|",
+    ]
     for side, numbers in found.items():
         row = " | ".join(f"{numbers[k]:.1f}" for k in ("elbo before", "elbo after", "log p(x) after"))
         text.append(f"| {side} {versions[side]} | {counted[side]} | {row} |")
@@ -128,7 +136,9 @@ def main() -> None:
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "swap_a_prior.md").write_text("\n".join(text) + "\n")
-    (out / "swap_a_prior.json").write_text(json.dumps({"versions": versions, "lines": counted, "runs": found}, indent=1))
+    (out / "swap_a_prior.json").write_text(
+        json.dumps({"versions": versions, "lines": counted, "runs": found}, indent=1)
+    )
     print("\n".join(text))
 
 

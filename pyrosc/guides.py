@@ -74,7 +74,8 @@ def law_of(fn: Any) -> str:
         "Independent", "_PerCell", "MaskedDistribution", "ExpandedDistribution",
     ):  # fmt: skip
         fn = fn.base_dist
-    return type(fn).__name__
+    name = type(fn).__name__
+    return f"{law_of(fn.base_dist)} mapped" if name == "TransformedDistribution" else name
 
 
 def is_computed(site: Any) -> bool:

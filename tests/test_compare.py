@@ -61,7 +61,11 @@ def test_the_score_is_the_mean_over_draws_of_the_exact_law():
     def model(cells):
         with cells.plate():
             z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([1]).to_event(1))
-            pyro.sample("x", NegativeBinomial((0.3 * z).exp() * torch.full((5,), 2.0), torch.tensor(3.0)).to_event(1), obs=cells.x)
+            pyro.sample(
+                "x",
+                NegativeBinomial((0.3 * z).exp() * torch.full((5,), 2.0), torch.tensor(3.0)).to_event(1),
+                obs=cells.x,
+            )
 
     def guide(cells):
         with cells.plate():
@@ -139,7 +143,9 @@ def test_nb_counts_are_told_from_poisson(split):
     fits = {
         "nb": quick(program, kept, epochs=15),
         "zinb": quick(program.replace(likelihood=ZINBLikelihood()), kept, epochs=15),
-        "poisson": quick(program.replace(likelihood=PoissonLikelihood(), dispersion=pyrosc.NoDispersion()), kept, epochs=15),
+        "poisson": quick(
+            program.replace(likelihood=PoissonLikelihood(), dispersion=pyrosc.NoDispersion()), kept, epochs=15
+        ),
         "latent": quick(program.replace(library=pyrosc.LatentLibrary()), kept, epochs=15),
     }
 

@@ -95,7 +95,8 @@ def test_a_prior_makes_the_dispersion_a_site_and_nothing_else_changes(cells):
 
 
 @pytest.mark.parametrize(
-    "prior", [lambda: Prior(dist.LogNormal, 1.0, 1.0), lambda: Prior(dist.Gamma, 2.0, 1.0), InverseSqrtPrior, TrendPrior]
+    "prior",
+    [lambda: Prior(dist.LogNormal, 1.0, 1.0), lambda: Prior(dist.Gamma, 2.0, 1.0), InverseSqrtPrior, TrendPrior],
 )
 @pytest.mark.parametrize("kind", [GeneDispersion, BatchDispersion, LabelDispersion])
 def test_every_prior_fits_every_kind(cells, prior, kind):
@@ -188,7 +189,10 @@ def test_numbers_of_the_library_can_be_given(cells):
 @pytest.mark.parametrize(
     "parts, says",
     [
-        (dict(dispersion=GeneDispersion(prior=Prior(dist.LogNormal, torch.zeros(29), 1.0))), '"dispersion".*29.*30 genes'),
+        (
+            dict(dispersion=GeneDispersion(prior=Prior(dist.LogNormal, torch.zeros(29), 1.0))),
+            '"dispersion".*29.*30 genes',
+        ),
         (dict(dispersion=GeneDispersion(prior=Prior(dist.Normal, 0.0, 1.0))), "must be positive"),
     ],
 )

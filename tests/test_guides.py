@@ -271,7 +271,9 @@ def test_a_completed_z_is_as_good_as_the_guide_written_by_hand(fitted):
     assert shared.completion.encoder is None
     assert isinstance(own.completion.encoder, Encoder)
     for epochs, margin in ((1, 0.05), (15, 0.03)):
-        found = [default_fit(p, cells, epochs=epochs).history["validation_elbo"].iloc[-1] for p in (by_hand, shared, own)]
+        found = [
+            default_fit(p, cells, epochs=epochs).history["validation_elbo"].iloc[-1] for p in (by_hand, shared, own)
+        ]
         assert found[1:] == pytest.approx([found[0]] * 2, rel=margin)
 
 
@@ -345,7 +347,13 @@ def test_other_plates_become_mean_field_batch_shape(cells):
         with cells.plate():
             with pyro.plate("programmes ", 4, dim=-2):
                 use = pyro.sample("use", dist.Gamma(2.0, 1.0))
-            pyro.sample("x", dist.Poisson(1 + (weight.unsqueeze(-1) * use).sum(-2).exp().unsqueeze(-1)).expand([len(cells), 30]).to_event(1), obs=cells.x)
+            pyro.sample(
+                "x",
+                dist.Poisson(1 + (weight.unsqueeze(-1) * use).sum(-2).exp().unsqueeze(-1))
+                .expand([len(cells), 30])
+                .to_event(1),
+                obs=cells.x,
+            )
 
     program = Program(model, cells)
     guide, trace = program.traces(cells)
@@ -459,7 +467,9 @@ def test_plates_of_other_sizes_and_handlers_on_one_side_are_named(cells):
         with cells.plate(), poutine.scale(scale=0.5):
             pyro.sample("depth", dist.LogNormal(0.0, 1.0))
 
-    with pytest.raises(ProgramError, match='"depth" counts 8.33333 times in the guide and 1 times in the model.*plates differ in size'):
+    with pytest.raises(
+        ProgramError, match='"depth" counts 8.33333 times in the guide and 1 times in the model.*plates differ in size'
+    ):
         Program(model, cells, other_size).check(cells)
     with pytest.raises(ProgramError, match='"depth" counts 0.5 times in the guide.*a scale handler is around one'):
         Program(model, cells, annealed).check(cells)

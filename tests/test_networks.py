@@ -46,7 +46,9 @@ def test_covariates_are_one_hot_levels_and_standardised_numbers(cells):
 
 
 def test_many_levels_can_be_embedded():
-    many = Cells.from_anndata(small(200, well=[f"w{i % 20}" for i in range(200)]), batch="well", categorical=["condition"])
+    many = Cells.from_anndata(
+        small(200, well=[f"w{i % 20}" for i in range(200)]), batch="well", categorical=["condition"]
+    )
     columns = Covariates(many.schema, embedding=4)
     found = columns(many)
 
@@ -150,7 +152,9 @@ def test_the_linear_decoder_is_a_softmax_of_loadings(cells):
 
     rho, hidden = made(z, cells)
 
-    by_hand = (z @ made.loadings.T + Covariates(cells.schema)(cells) @ made.shifts.weight.T + made.factors.bias).softmax(-1)
+    by_hand = (
+        z @ made.loadings.T + Covariates(cells.schema)(cells) @ made.shifts.weight.T + made.factors.bias
+    ).softmax(-1)
     torch.testing.assert_close(rho, by_hand)
     assert hidden is None
     assert program.parts["likelihood"].gate_logits.shape == (30,)  # a gate a gene where there is no hidden layer

@@ -229,7 +229,10 @@ def test_a_flow_can_be_fitted_after_the_rest_and_leaves_the_decoder(fitted, kind
         (lambda c: FlowPrior(0), "n_layers must be a whole number"),
         (lambda c: program(c, FlowPrior(), n_latent=1), "at least two"),
         (lambda c: VampPrior(-1), "k must be a whole number"),
-        (lambda c: program(c, VampPrior(3), encoder=torch.nn.Linear(2, 2)), r"features\(\) and moments\(\); found Linear"),
+        (
+            lambda c: program(c, VampPrior(3), encoder=torch.nn.Linear(2, 2)),
+            r"features\(\) and moments\(\); found Linear",
+        ),
         (lambda c: pyrosc.Program(unlabelled_story, c, prior=FlowPrior()), "does not know how wide z is"),
     ],
 )

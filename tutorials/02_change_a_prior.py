@@ -84,7 +84,7 @@ print(mixture.describe().splitlines()[2])
 careful = normal.replace(dispersion=pyrosc.GeneDispersion(prior=pyrosc.InverseSqrtPrior(3.0)))
 fits["dispersion prior"] = pyrosc.fit(careful, train, progress=False)
 print(careful.describe().splitlines()[2])
-# > dispersion               | 765    TransformedDistribution  LogNormal (completed)  Monte Carlo
+# > dispersion               | 765    Exponential mapped  LogNormal (completed)  Monte Carlo
 
 # %% [markdown]
 # Nobody wrote a guide for the new site: the Program completed it. Its draws say how sure we are of each gene.
@@ -99,7 +99,9 @@ for gene in ("LYZ", rare):
     at = cells.schema.genes.index(gene)
     low, high = sorted(drawn[:, at])[20], sorted(drawn[:, at])[379]
     spans[gene] = high / low
-print(f"LYZ, {totals[cells.schema.genes.index('LYZ')]:.0f} counts: the 90 % interval spans a factor of {spans['LYZ']:.1f}")
+print(
+    f"LYZ, {totals[cells.schema.genes.index('LYZ')]:.0f} counts: the 90 % interval spans a factor of {spans['LYZ']:.1f}"
+)
 print(f"{rare}, {totals[cells.schema.genes.index(rare)]:.0f} counts: of more than 20: {spans[rare] > 20}")
 # > LYZ, 7133 counts: the 90 % interval spans a factor of 1.8
 # > CD40LG, 40 counts: of more than 20: True

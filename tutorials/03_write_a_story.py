@@ -90,9 +90,9 @@ program = pyrosc.Program(
 )
 print("\n".join(program.describe().splitlines()[1:6]))
 fit = pyrosc.fit(program, cells, progress=False)
-# > site  plate  batch | event  law               guide                                KL
-# > z     cells      n | 4      Normal            Normal (completed)                   analytic
-# > soup  cells      n | 1      Beta              TransformedDistribution (completed)  Monte Carlo
+# > site  plate  batch | event  law               guide                      KL
+# > z     cells      n | 4      Normal            Normal (completed)         analytic
+# > soup  cells      n | 1      Beta              Normal mapped (completed)  Monte Carlo
 # > rho   cells      n | 100    computed
 # > x     cells      n | 100    NegativeBinomial  observed
 

@@ -1,5 +1,49 @@
-"""The stories, one file each: ``pyrosc.models.scvi`` is the file, ``pyrosc.scvi`` builds the Program.
+"""The stories, one file each (``pyrosc.models.scvi`` is the file, ``pyrosc.scvi`` builds the Program), and their parts.
 
-story   assumes                                                        use it for
-scvi    a low-dimensional state, decoded to shares of genes; NB counts  most count data with batches
+Stories
+-------
+scvi    each cell has a low-dimensional state, decoded to shares of genes; counts scatter around share times total.
+        For most count data with batches. Parts: prior, library, dispersion, decoder, likelihood, encoder.
+
+A story of your own is a function; every part below fits it (tutorials/03_write_a_story.py).
+
+Parts
+-----
+Each is handed over by name, ``scvi(cells, prior=MixturePrior(20))``, or later, ``program.replace(prior=...)``.
+
+prior, of a cell's state, ``prior(cells)``
+    Prior(dist.Normal, 0.0, 1.0)  one round cloud (default; its KL is analytic). Any Pyro distribution: dist.Laplace for few
+                                  large coordinates, dist.StudentT for outlying cells
+    MixturePrior(k)               groups of cells; labels=True for one component a label. Made-up cells look like real ones
+    VampPrior(k)                  the guide's posteriors at k learned pseudo-cells; groups of any shape, costs k more cells a step
+    FlowPrior()                   any smooth shape; can be fitted after the rest
+
+library, expected total counts, ``library(cells)``
+    ObservedLibrary()             the observed total, taken as known (default)
+    LatentLibrary()               unknown, LogNormal by batch; for uncertainty about depth
+    GivenLibrary()                size factors of yours; rho is then a rate (default with size_factor=)
+
+dispersion, scatter beyond Poisson, ``dispersion()`` and ``dispersion.at(value, cells, hidden)``
+    GeneDispersion()              one number a gene (default)
+    BatchDispersion()             one a gene and batch, where protocols differ in noise
+    LabelDispersion()             one a gene and label
+    CellDispersion()              one a gene and cell, from the decoder's hidden layer; many weights
+    NoDispersion()                for Poisson counts
+    The first three take ``prior=``, and are then the site "dispersion" with a posterior: Prior(dist.LogNormal, 1.0, 1.0);
+    InverseSqrtPrior(rate), little scatter unless the counts say so; TrendPrior(), genes of like expression scatter alike
+
+likelihood, ``likelihood(mean, dispersion, hidden)``
+    NBLikelihood()                UMI counts (default)
+    ZINBLikelihood()              with extra zeros: read counts, or to check that there are none
+    PoissonLikelihood()           no scatter beyond sampling: fragments of ATAC, or a null to compare with
+
+decoder, ``decoder(z, cells)``, and encoder, ``encoder(cells)``
+    Decoder(), Encoder()          hidden layers; n_hidden, n_layers, dropout, norm="layer" or "batch"
+    LinearDecoder()               log shares linear in z: loadings can be read
+    covariates="first", "deep", "norm" or False: batch and other columns joined to the first layer, to every layer, as shift
+    and scale of the norm, or not seen. embedding=e for columns of many levels
+
+The first architecture of deep count models, with dispersion and zero inflation from the decoder and an encoder that sees the batch, is
+
+    scvi(cells, encoder=Encoder(covariates="first"), dispersion=CellDispersion(), likelihood=ZINBLikelihood())
 """
