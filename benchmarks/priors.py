@@ -2,12 +2,12 @@
 
     python benchmarks/priors.py ../shared/data/kang_pbmc_ifnb.h5ad --out benchmarks/results
 
-Kang PBMC (2,792 cells of known donor x 2,000 variable genes, batch = donor) and SIM-A (`pyrosc.simulate.tissue()`, 4,000 x
-1,000, three batches). For each of five seeds, cells are split 80/20, and both sides thinned by one half; a story is fitted to
-the kept counts of the training cells (a tenth of them held out for the choice of the epoch), reads the kept counts of
-the test cells, and is scored on their dropped ones: `pyrosc.check.thinned_log_likelihood`, nats a cell, 50 draws. Active
-units: latents whose posterior mean varies over test cells by more than 0.01. Mixing: entropy of batches among the 30
-nearest test cells in latent space, over that of the batches at hand (1 is perfect).
+Kang PBMC (2,792 cells of known donor x 2,000 variable genes, batch = donor) and SIM-A (`pyrosc.simulate.tissue()`,
+4,000 x 1,000, three batches). For each of five seeds, cells are split 80/20, and both sides thinned by one half; a
+story is fitted to the kept counts of the training cells (a tenth of them held out for the choice of the epoch), reads
+the kept counts of the test cells, and is scored on their dropped ones: `pyrosc.check.thinned_log_likelihood`, nats a
+cell, 50 draws. Active units: latents whose posterior mean varies over test cells by more than 0.01. Mixing: entropy of
+batches among the 30 nearest test cells in latent space, over that of the batches at hand (1 is perfect).
 
 Differences between likelihoods, libraries and priors are paired over cells and seeds; on Kang clustered by donor
 (a donor's cells of all seeds are one unit), on SIM-A by seed.
@@ -107,7 +107,8 @@ def table(rows: list[dict[str, Any]], title: str) -> str:
                 sd = of["mean"].std() if len(of) > 1 else float("nan")
                 lines.append(
                     f"| {library} | {likelihood} | {prior} | {of['mean'].mean():.2f} (sd {sd:.2f}) | "
-                    f"{of['active'].mean():.1f} | {of['mixing'].mean():.3f} | {of['seconds'].median():.1f} | {len(of)} |"
+                    f"{of['active'].mean():.1f} | {of['mixing'].mean():.3f} | {of['seconds'].median():.1f} | "
+                    f"{len(of)} |"
                 )
     lines += ["", "| difference, nats a cell | mean | se | 95 % interval |", "|---|---|---|---|"]
 
@@ -161,8 +162,9 @@ def main() -> None:
                             rows[-1]["score"] = [round(v, 4) for v in rows[-1]["score"]]
                             last = {k: v for k, v in rows[-1].items() if k not in ("score", "units")}
                             print(last | {"score": float(np.mean(rows[-1]["score"]))}, flush=True)
-                            file.write_text(json.dumps({"machine": f"{platform.processor() or platform.machine()}, one thread",
-                                                        "pyrosc": pyrosc.__version__, "runs": rows}))  # fmt: skip
+                            machine = f"{platform.processor() or platform.machine()}, one thread"
+                            made = {"machine": machine, "pyrosc": pyrosc.__version__, "runs": rows}
+                            file.write_text(json.dumps(made))
         texts.append(table(rows, {"kang": "Kang PBMC", "sim": "SIM-A"}[name]))
     if options.table:
         text = "# Priors, likelihoods and libraries\n\nMade by `benchmarks/priors.py`, which says how to read it.\n\n"

@@ -4,13 +4,13 @@
 
 Both sides start from three lines that fit scVI with NB counts to a simulated tissue, and change the prior on z to a
 learned mixture of 20 normals. Lines are counted in this file between the markers: those added or changed, blank lines
-and comments left out. Both are run, so that the lines are known to work: each prints its held-out ELBO before and after,
-and what its own marginal likelihood makes of it.
+and comments left out. Both are run, so that the lines are known to work: each prints its held-out ELBO before and
+after, and what its own marginal likelihood makes of it.
 
 On the scvi-tools side (1.4.2) the prior stands in three methods of its VAE: ``generative`` makes it, ``loss`` takes an
 analytic KL that a mixture has not got, ``marginal_ll`` writes N(0, I) again. The first two are replaced below, in the
-shortest way found (the branch for a latent library is left out); the third is left as it is, so `get_marginal_ll` then answers for
-another model, without a word.
+shortest way found (the branch for a latent library is left out); the third is left as it is, so `get_marginal_ll` then
+answers for another model, without a word.
 """
 
 from __future__ import annotations

@@ -22,11 +22,10 @@ from torch import Tensor
 
 from .cells import Cells
 from .counts import require_memory
-from .elbo import Enumerated, draws_plate, elbo_terms, follow, in_cells, of_cells
+from .draws import by_block, by_draws, draw_guide, in_front, log_weight, sites_of
+from .elbo import elbo_terms, in_cells
 from .errors import ProgramError, PyroscWarning
 from .guides import is_computed
-from .isolation import checked_seed
-from .loading import blocks
 from .program import Program
 from .schema import Schema, did_you_mean, listed
 
@@ -102,11 +101,13 @@ class Fit:
         def ask(block: Cells) -> Tensor:
             trace = poutine.trace(self.program.guide).get_trace(block)
             if "z" not in trace.nodes:
-                raise ProgramError(f'the guide of {self.program.story} draws no "z"; it draws {listed(_drawn(trace))}')
+                raise ProgramError(
+                    f'the guide of {self.program.story} draws no "z"; it draws {listed(sites_of(trace))}'
+                )
             site: Any = trace.nodes["z"]
             return answer(site["fn"]).cpu()
 
-        return list(_by_block(self.program, [cells], 1, seed, ask))
+        return list(by_block(self.program, [cells], 1, seed, ask))
 
     def expression(
         self,
@@ -191,9 +192,9 @@ class Fit:
         Returns
         -------
         array
-            (S, N, event) for a site of each cell, in the order of ``cells``; (S, event) for one of all cells, which does
-            not depend on ``cells`` but on those of the fit. Random through ``seed``. Sites in further plates have
-            those after N.
+            (S, N, event) for a site of each cell, in the order of ``cells``; (S, event) for one of all cells,
+            whose posterior rests on the cells of the fit. Random through ``seed``. Sites in further plates
+            have those after N.
 
         Raises
         ------
@@ -206,10 +207,10 @@ class Fit:
 
         def ask(block: Cells, trace: poutine.Trace, n: int | None) -> Tensor:
             nonlocal is_global
-            if site not in trace.nodes or site not in _drawn(trace):
+            if site not in trace.nodes or site not in sites_of(trace):
                 raise ValueError(
-                    f'{self.program.story} has no site "{site}". Its sites: {listed(_drawn(trace), 20)}.'
-                    + did_you_mean(site, _drawn(trace))
+                    f'{self.program.story} has no site "{site}". Its sites: {listed(sites_of(trace), 20)}.'
+                    + did_you_mean(site, sites_of(trace))
                 )
             node: Any = trace.nodes[site]
             if node["is_observed"] and not is_computed(node):
@@ -243,7 +244,7 @@ class Fit:
         def ask(block: Cells) -> Tensor:
             return torch.stack([elbo_terms(self.program, block).local for _ in range(n_draws)]).mean(0).cpu()
 
-        return torch.cat(list(_by_block(self.program, [self._ready(cells)], 1, seed, ask))).numpy()
+        return torch.cat(list(by_block(self.program, [self._ready(cells)], 1, seed, ask))).numpy()
 
     def log_likelihood(self, cells: Cells | anndata.AnnData, n_draws: int = 1000, *, seed: int = 0) -> np.ndarray:
         """(N,) importance-weighted log p(x) of each cell in nats, with the guide as proposal.
@@ -263,19 +264,29 @@ class Fit:
         cells = self._ready(cells).to(self.device, torch.float64)
         program = self.program.copy().double()
 
-        def ask(block: Cells) -> Tensor:
-            if program.has_globals:
-                return torch.cat([_log_weight(program, _draw(program, block), block) for _ in range(n_draws)]).cpu()
-            return _log_weight(program, _draw(program, block, n_draws), block, n_draws).cpu()
+        each = in_front(program, cells, n_draws)
 
-        return _by_block(program, [cells], n_draws * 2 * _combinations(program), seed, ask)
+        def ask(block: Cells) -> Tensor:
+            return torch.cat([log_weight(program, draw_guide(program, block, n), block, n) for n in each]).cpu()
+
+        return by_block(program, [cells], n_draws * 2 * program.n_combinations, seed, ask)
 
     def predictive(self, n_draws: int, return_sites: Sequence[str] | None = None) -> Predictive:
         """Pyro's own Predictive: latent sites from the guide, counts drawn anew.
 
         Call it with Cells in the order of this fit. It draws every site for all cells at once,
         from Pyro's global random state.
+
+        Raises
+        ------
+        ProgramError
+            If the story sums out a discrete site, which Predictive would draw from its prior.
         """
+        if self.program.enumerated:
+            raise ProgramError(
+                f"{self.program.story} sums out {listed(self.program.enumerated)}, which Pyro's Predictive would draw "
+                "from the prior; draws() and expression() draw it given the counts"
+            )
         self.program.eval()
         return Predictive(
             poutine.uncondition(self.program.model),
@@ -446,7 +457,7 @@ class Fit:
     def _value(self, site: str, trace: poutine.Trace, n_draws: int | None, n_cells: int, changed: bool) -> Tensor:
         if site not in trace.nodes:
             raise ProgramError(
-                f'{self.program.story} has no site "{site}", which this needs. Its sites: {listed(_drawn(trace), 20)}'
+                f'{self.program.story} has no site "{site}", which this needs. Its sites: {listed(sites_of(trace), 20)}'
             )
         node: Any = trace.nodes[site]
         value = node["value"]
@@ -466,14 +477,6 @@ def _whole(name: str, value: Any, least: int) -> int:
     return int(value)
 
 
-def _drawn(trace: poutine.Trace) -> list[str]:
-    return [
-        name
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and not poutine.util.site_is_subsample(site)
-    ]
-
-
 def _mean(law: Any) -> Tensor:
     try:
         return law.mean
@@ -486,130 +489,3 @@ def _sd(law: Any) -> Tensor:
         return law.variance.sqrt()
     except NotImplementedError:
         return law.sample((_MEAN_DRAWS,)).std(0)
-
-
-def _draw(program: Program, block: Cells, n_draws: int | None = None) -> poutine.Trace:
-    """One run of the guide; with S draws of every site in front, or none."""
-
-    def guide(cells: Cells) -> None:
-        with draws_plate(program, n_draws):
-            program.guide(cells)
-
-    return poutine.trace(guide).get_trace(block)
-
-
-def _along(program: Program, guide: poutine.Trace, block: Cells, n_draws: int | None) -> poutine.Trace:
-    """The model along those draws, on the same cells or on cells under an intervention."""
-
-    def model(cells: Cells) -> None:
-        with draws_plate(program, n_draws):
-            program.model(cells)
-
-    return poutine.trace(poutine.replay(model, trace=guide)).get_trace(block)
-
-
-def _with_discrete(program: Program, guide: poutine.Trace, block: Cells, n_draws: int | None) -> poutine.Trace:
-    """The guide's draws with draws of the sites that are summed out, from their exact law given the others."""
-    if not program.enumerated:
-        return guide
-    model = follow(program, guide, block, n_draws)
-    summed = _summed(program, model, n_draws)
-    table = summed.table()
-    chosen = torch.distributions.Categorical(logits=table.movedim(0, -1)).sample()
-    for name in program.enumerated:
-        site: Any = model.nodes[name]
-        event = site["value"].shape[site["value"].dim() - site["fn"].event_dim :]
-        ones = (1,) * summed.n_batch
-        values = site["value"].reshape(*site["value"].shape[: -summed.n_batch - len(event)], *ones, *event)
-        values = values.expand(*summed.front, *ones, *event).reshape(-1, *event)
-        inner = (1,) * (program.n_plates - 1)
-        value = values[chosen].reshape(*chosen.shape[:-1], *inner, chosen.shape[-1], *event)
-        guide.add_node(
-            name, type="sample", name=name, fn=site["fn"], value=value, is_observed=False, infer={}, scale=1.0,
-            mask=None, cond_indep_stack=site["cond_indep_stack"],
-        )  # fmt: skip
-    return guide
-
-
-def _summed(program: Program, model: poutine.Trace, n_draws: int | None) -> Enumerated:
-    """The sites of a run that depend on enumerated values."""
-    summed = Enumerated(program.n_plates, n_draws is not None)
-    for name in _drawn(model):
-        site: Any = model.nodes[name]
-        if not is_computed(site) and (name in program.enumerated or summed.concerns(site)):
-            summed.add(name, site)
-    return summed
-
-
-def by_draws(
-    program: Program,
-    together: list[Cells],
-    n_draws: int,
-    seed: int,
-    ask: Callable[[Cells, poutine.Trace, int | None], Tensor],
-) -> Iterator[Tensor]:
-    """(S, n, ...) answers to runs of the model along posterior draws, averaged over worlds, block by block of cells.
-
-    Parameters
-    ----------
-    together : cells to read, then the same cells in each world they are decoded in
-    ask : (cells decoded, trace of the model, S or None) -> (S, n, ...) or, for None, (1, n, ...)
-        With S the trace holds S draws in front of the plates; with None it is the run of one draw.
-    """
-    # A story may index its global sites by cell, which draws in front of them would break: one run a draw.
-    each: list[int | None] = [None] * n_draws if program.has_globals else [n_draws]
-
-    def answer(block: Cells, *decoded: Cells) -> Tensor:
-        guides = [_with_discrete(program, _draw(program, block, n), block, n) for n in each]
-        total: Any = 0
-        for other in decoded:
-            total = total + torch.cat([ask(other, _along(program, g, other, n), n) for g, n in zip(guides, each)])
-        return total / len(decoded)
-
-    return _by_block(program, together, n_draws * 2 * _combinations(program), seed, answer)
-
-
-def _combinations(program: Program) -> int:
-    """Dense blocks that one draw takes: more where values of a discrete site are summed out."""
-    return 4 if program.enumerated else 1
-
-
-def _by_block(
-    program: Program, together: list[Cells], per_cell: int, seed: int, ask: Callable[..., Tensor]
-) -> Iterator[Tensor]:
-    """Answers for blocks of cells, each from a seed of its own; between them the world is as it was."""
-    seed = checked_seed(seed)
-    cells = together[0]
-    wide = 8 if cells.dtype == torch.float64 else 4
-    require_memory(
-        4 * wide * per_cell * cells.n_genes, "the draws of one cell", "Ask for fewer draws at a time."
-    )  # blocks of several cells are kept below this by themselves
-
-    def answers() -> Iterator[Tensor]:
-        for i, block in enumerate(zip(*(blocks(cells, per_cell) for cells in together))):
-            mixed = seed if i == 0 else int(np.random.SeedSequence([seed, i]).generate_state(1)[0])
-            with program.driven(mixed), torch.no_grad():
-                answer = ask(*block)
-            yield answer
-
-    return answers()
-
-
-def _log_weight(program: Program, guide: poutine.Trace, block: Cells, n_draws: int | None = None) -> Tensor:
-    """(S, n) log p - log q over the sites of each cell; global ones are drawn from the guide and left at that."""
-    model = follow(program, guide, block, n_draws)
-    weight = block.library.new_zeros(1, len(block))
-    summed = _summed(program, model, n_draws)
-    for trace, sign in ((model, 1.0), (guide, -1.0)):
-        for name in _drawn(trace):
-            site: Any = trace.nodes[name]
-            if (
-                not is_computed(site)
-                and in_cells(site)
-                and name not in program.enumerated
-                and not summed.concerns(site)
-            ):
-                weight = weight + sign * of_cells(site["fn"].log_prob(site["value"]), int(n_draws is not None))
-    if program.enumerated:
-        weight = weight + summed.table().logsumexp(0)
-    return weight

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -90,6 +91,7 @@ class Program(nn.Module):
         self._quiet = False
         self._sizes: dict[str, int] = {}
         self.enumerated: list[str] = []  # discrete sites that the story sums out
+        self.n_combinations = 1  # of their values
         self.has_globals = False  # whether a latent site is one for all cells
         self.n_plates = 1  # nested plates, that of cells included
         self._assemble(parts)
@@ -176,6 +178,8 @@ class Program(nn.Module):
                         f'site "{name}" is to be enumerated, but is one for all cells: '
                         "only sites in the plate of cells are summed out"
                     )
+            sizes = [drawn[name]["fn"].enumerate_support(expand=False).shape[0] for name in self.enumerated]
+            self.n_combinations = math.prod(sizes)
             missing = [name for name in drawn if name not in names and name not in self.enumerated]
             sites = survey(lambda: poutine.trace(self.model).get_trace(blank), missing) if missing else []
             self.completion.settle(sites, self.schema, dict(self.parts.items()), blank)

@@ -119,7 +119,7 @@ def build(cells, combination):
 
 def documented():
     text = inspect.getdoc(story.model).split("Sites")[1]
-    return {name: shape for name, shape in re.findall(r"^(\w+) : \((n, \w+)\)", text, re.M)}
+    return dict(re.findall(r"^(\w+) : \((n, \w+)\)", text, re.M))
 
 
 def check(cells, combination, path):

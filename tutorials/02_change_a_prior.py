@@ -72,8 +72,8 @@ print(mixture.describe().splitlines()[2])
 # %% [markdown]
 # (The KL term of a mixture has no closed form, and `describe` says so; it is then estimated from draws.)
 #
-# Other priors fit in the same place: `VampPrior(50)`, `FlowPrior()`, `Prior(dist.StudentT, 5.0)` of any Pyro distribution, or a class of your
-# own with three lines. `MixturePrior(labels=True)` has one component a label.
+# Other priors fit in the same place: `VampPrior(50)`, `FlowPrior()`, `Prior(dist.StudentT, 5.0)` of any Pyro
+# distribution, or a class of your own with three lines. `MixturePrior(labels=True)` has one component a label.
 #
 # ## A prior on the dispersion
 #
@@ -122,9 +122,9 @@ assert table.loc["N(0, I)", "upper"] < 0
 # > dispersion prior: -4 nats a cell, worse
 
 # %% [markdown]
-# The mixture is ahead: fewer hybrids and better held-out cells, from one changed argument. The prior on the
-# dispersion is not: log p(x) now averages over every dispersion that its posterior holds possible, and a fit with global
-# sites is taken at its last epoch, not at the one that suits the held-out cells best. What it buys is the interval.
+# The mixture is ahead: fewer hybrids and better held-out cells, from one changed argument. The prior on the dispersion
+# is not: log p(x) now averages over every dispersion that its posterior holds possible, and a fit with global sites is
+# taken at its last epoch, not at the one that suits the held-out cells best. What it buys is the interval.
 #
 # ## What the answer cannot say
 #

@@ -165,6 +165,7 @@ print((again.draws("soup", cells[:5], 3) == fit.draws("soup", cells[:5], 3)).all
 # %% [markdown]
 # ## What the answer cannot say
 #
-# The soup's profile was taken as known and the same for all droplets. Had it been the average of the tissue
-# itself, soup and cell would be harder still to tell apart. The share of soup in counts is an answer about this story;
-# before subtracting anything from real data, measure the level (from genes a cell type cannot express, say) and say so in the prior.
+# The soup's profile was taken as known and the same for all droplets. Had it been the average of the tissue itself,
+# soup and cell would be harder still to tell apart. The share of soup in counts is an answer about this story; before
+# subtracting anything from real data, measure the level (from genes a cell type cannot express, say) and say so in the
+# prior.

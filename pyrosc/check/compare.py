@@ -29,8 +29,9 @@ from scipy import stats
 from torch import Tensor
 
 from ..cells import Cells
+from ..draws import by_draws
 from ..errors import ProgramError
-from ..posterior import Fit, by_draws
+from ..posterior import Fit
 from ..schema import column_of, listed
 
 SCORES = ("thinned", "importance")
@@ -80,8 +81,8 @@ def compare(
 
     Notes
     -----
-    The difference is that of two fits, which also differ by the luck of their starting weights: for a claim about stories
-    compare several seeds of each.
+    The difference is that of two fits, which also differ by the luck of their starting weights: for a claim about
+    stories compare several seeds of each.
     """
     named = _named(fits)
     first = next(iter(named.values()))
@@ -108,7 +109,7 @@ def compare(
         rows.append((float(found[name].mean()), mean, se, lower, upper, verdict))
     columns = ["score", "difference", "se", "lower", "upper", "verdict"]
     table = pd.DataFrame(rows, index=pd.Index(order, name="fit"), columns=columns)
-    table.attrs = {"score": score, "n_cells": len(cells), "by": by, "n_units": int(len(np.unique(units)))}
+    table.attrs = {"score": score, "n_cells": len(cells), "by": by, "n_units": len(np.unique(units))}
     return table
 
 

@@ -12,10 +12,12 @@ Parts
 Each is handed over by name, ``scvi(cells, prior=MixturePrior(20))``, or later, ``program.replace(prior=...)``.
 
 prior, of a cell's state, ``prior(cells)``
-    Prior(dist.Normal, 0.0, 1.0)  one round cloud (default; its KL is analytic). Any Pyro distribution: dist.Laplace for few
-                                  large coordinates, dist.StudentT for outlying cells
-    MixturePrior(k)               groups of cells; labels=True for one component a label. Made-up cells look like real ones
-    VampPrior(k)                  the guide's posteriors at k learned pseudo-cells; groups of any shape, costs k more cells a step
+    Prior(dist.Normal, 0.0, 1.0)  one round cloud (default; its KL is analytic). Any Pyro distribution:
+                                  dist.Laplace for few large coordinates, dist.StudentT for outlying cells
+    MixturePrior(k)               groups of cells; labels=True for one component a label. Cells made up from it
+                                  look more like real ones
+    VampPrior(k)                  the guide's posteriors at k learned pseudo-cells: groups of any shape, at the
+                                  price of k more cells a step
     FlowPrior()                   any smooth shape; can be fitted after the rest
 
 library, expected total counts, ``library(cells)``
@@ -29,8 +31,9 @@ dispersion, scatter beyond Poisson, ``dispersion()`` and ``dispersion.at(value, 
     LabelDispersion()             one a gene and label
     CellDispersion()              one a gene and cell, from the decoder's hidden layer; many weights
     NoDispersion()                for Poisson counts
-    The first three take ``prior=``, and are then the site "dispersion" with a posterior: Prior(dist.LogNormal, 1.0, 1.0);
-    InverseSqrtPrior(rate), little scatter unless the counts say so; TrendPrior(), genes of like expression scatter alike
+    The first three take ``prior=``, and are then the site "dispersion" with a posterior:
+    Prior(dist.LogNormal, 1.0, 1.0); InverseSqrtPrior(rate), little scatter unless the counts say so;
+    TrendPrior(), genes of like expression scatter alike
 
 likelihood, ``likelihood(mean, dispersion, hidden)``
     NBLikelihood()                UMI counts (default)
@@ -40,10 +43,11 @@ likelihood, ``likelihood(mean, dispersion, hidden)``
 decoder, ``decoder(z, cells)``, and encoder, ``encoder(cells)``
     Decoder(), Encoder()          hidden layers; n_hidden, n_layers, dropout, norm="layer" or "batch"
     LinearDecoder()               log shares linear in z: loadings can be read
-    covariates="first", "deep", "norm" or False: batch and other columns joined to the first layer, to every layer, as shift
-    and scale of the norm, or not seen. embedding=e for columns of many levels
+    covariates="first", "deep", "norm" or False: batch and other columns joined to the first layer, to every
+    layer, as shift and scale of the norm, or not seen. embedding=e for columns of many levels
 
-The first architecture of deep count models, with dispersion and zero inflation from the decoder and an encoder that sees the batch, is
+The first architecture of deep count models, with dispersion and zero inflation from the decoder and an encoder
+that sees the batch, is
 
     scvi(cells, encoder=Encoder(covariates="first"), dispersion=CellDispersion(), likelihood=ZINBLikelihood())
 """

@@ -1,0 +1,209 @@
+"""Draws: runs of a story along draws of its posterior, block by block of cells.
+
+``S`` draws of every site stand in front of the story's plates and are run at once, where the story allows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from .cells import Cells
+from .counts import require_memory
+from .elbo import Enumerated, draws_plate, follow, in_cells, of_cells
+from .guides import is_computed
+from .isolation import checked_seed
+from .loading import blocks
+from .program import Program
+
+
+def sites_of(trace: poutine.Trace) -> list[str]:
+    """Names of the sample sites of a run, computed ones included."""
+    return [
+        name
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not poutine.util.site_is_subsample(site)
+    ]
+
+
+def draw_guide(program: Program, block: Cells, n_draws: int | None = None) -> poutine.Trace:
+    """One run of the guide; with S draws of every site in front, or none."""
+
+    def guide(cells: Cells) -> None:
+        with draws_plate(program, n_draws):
+            program.guide(cells)
+
+    return poutine.trace(guide).get_trace(block)
+
+
+def run_model(program: Program, guide: poutine.Trace, block: Cells, n_draws: int | None) -> poutine.Trace:
+    """The model along those draws, on the same cells or on cells under an intervention."""
+
+    def model(cells: Cells) -> None:
+        with draws_plate(program, n_draws):
+            program.model(cells)
+
+    return poutine.trace(poutine.replay(model, trace=guide)).get_trace(block)
+
+
+def with_discrete(program: Program, guide: poutine.Trace, block: Cells, n_draws: int | None) -> poutine.Trace:
+    """The guide's draws with draws of the sites that are summed out, from their exact law given the others."""
+    if not program.enumerated:
+        return guide
+    model = follow(program, guide, block, n_draws)
+    summed = summed_out(program, model, n_draws)
+    table = summed.table()
+    chosen = torch.distributions.Categorical(logits=table.movedim(0, -1)).sample()
+    for name in program.enumerated:
+        site: Any = model.nodes[name]
+        event = site["value"].shape[site["value"].dim() - site["fn"].event_dim :]
+        ones = (1,) * summed.n_batch
+        values = site["value"].reshape(*site["value"].shape[: -summed.n_batch - len(event)], *ones, *event)
+        values = values.expand(*summed.front, *ones, *event).reshape(-1, *event)
+        inner = (1,) * (program.n_plates - 1)
+        value = values[chosen].reshape(*chosen.shape[:-1], *inner, chosen.shape[-1], *event)
+        guide.add_node(
+            name, type="sample", name=name, fn=site["fn"], value=value, is_observed=False, infer={}, scale=1.0,
+            mask=None, cond_indep_stack=site["cond_indep_stack"],
+        )  # fmt: skip
+    return guide
+
+
+def summed_out(program: Program, model: poutine.Trace, n_draws: int | None) -> Enumerated:
+    """The sites of a run that depend on enumerated values."""
+    summed = Enumerated(program.n_plates, n_draws is not None)
+    for name in sites_of(model):
+        site: Any = model.nodes[name]
+        if not is_computed(site) and (name in program.enumerated or summed.concerns(site)):
+            summed.add(name, site)
+    return summed
+
+
+def in_front(program: Program, cells: Cells, n_draws: int) -> list[int | None]:
+    """How draws are run: [S], all at once in front of the plates, or S times [None], one by one.
+
+    A story may index its global sites by cell, ``effect[cells.batch]``, which draws in front of them break, at times
+    without an error. So stories with global sites are tried on a few cells first: three draws at once must
+    give the log densities that the same draws give one by one.
+    """
+    if not program.has_globals or (n_draws > 1 and _runs_in_front(program, cells)):
+        return [n_draws]
+    return [None] * n_draws
+
+
+def _runs_in_front(program: Program, cells: Cells) -> bool:
+    few = cells.rows(torch.arange(min(len(cells), 5), device=cells.device), whole=True)
+    n = 3
+    with program.driven(0), torch.no_grad():
+        one = draw_guide(program, few)
+        try:
+            together = draw_guide(program, few, n)
+            model = follow(program, together, few, n)
+            found = _densities(program, model, n)
+        except (RuntimeError, ValueError, IndexError):
+            return False
+        for s in range(n):
+            for name in sites_of(one):
+                node: Any = one.nodes[name]
+                if not node["is_observed"]:
+                    value: Any = together.nodes[name]["value"]
+                    value = value.expand(n, *value.shape[1:])[s] if value.shape[:1] != (n,) else value[s]
+                    if value.numel() != node["value"].numel():
+                        return False
+                    node["value"] = value.reshape(node["value"].shape)
+            alone = _densities(program, follow(program, one, few), None)
+            for name, value in alone.items():
+                if name not in found or not torch.allclose(found[name][s], value, rtol=1e-3, atol=1e-2):
+                    return False
+    return True
+
+
+def _densities(program: Program, model: poutine.Trace, n_draws: int | None) -> dict[str, Tensor]:
+    """Log density of each site, summed over all but the draws in front: (S,) or ()."""
+    found = {}
+    for name in sites_of(model):
+        site: Any = model.nodes[name]
+        if is_computed(site):
+            continue
+        value = site["fn"].log_prob(site["value"])
+        front = value.dim() - 1 - program.n_plates
+        if n_draws is None:
+            found[name] = value.sum()
+        elif front < 0:
+            found[name] = value.sum().expand(n_draws)
+        else:
+            found[name] = value.movedim(front, 0).reshape(value.shape[front], -1).sum(1).expand(n_draws)
+    return found
+
+
+def by_draws(
+    program: Program,
+    together: list[Cells],
+    n_draws: int,
+    seed: int,
+    ask: Callable[[Cells, poutine.Trace, int | None], Tensor],
+) -> Iterator[Tensor]:
+    """(S, n, ...) answers to runs of the model along posterior draws, averaged over worlds, block by block of cells.
+
+    Parameters
+    ----------
+    together : cells to read, then the same cells in each world they are decoded in
+    ask : (cells decoded, trace of the model, S or None) -> (S, n, ...) or, for None, (1, n, ...)
+        With S the trace holds S draws in front of the plates; with None it is the run of one draw.
+    """
+    each = in_front(program, together[0], n_draws)
+
+    def answer(block: Cells, *decoded: Cells) -> Tensor:
+        guides = [with_discrete(program, draw_guide(program, block, n), block, n) for n in each]
+        total: Any = 0
+        for other in decoded:
+            total = total + torch.cat([ask(other, run_model(program, g, other, n), n) for g, n in zip(guides, each)])
+        return total / len(decoded)
+
+    return by_block(program, together, n_draws * 2 * program.n_combinations, seed, answer)
+
+
+def by_block(
+    program: Program, together: list[Cells], per_cell: int, seed: int, ask: Callable[..., Tensor]
+) -> Iterator[Tensor]:
+    """Answers for blocks of cells, each from a seed of its own; between them the world is as it was."""
+    seed = checked_seed(seed)
+    cells = together[0]
+    wide = 8 if cells.dtype == torch.float64 else 4
+    require_memory(
+        4 * wide * per_cell * cells.n_genes, "the draws of one cell", "Ask for fewer draws at a time."
+    )  # blocks of several cells are kept below this by themselves
+
+    def answers() -> Iterator[Tensor]:
+        for i, block in enumerate(zip(*(blocks(cells, per_cell) for cells in together))):
+            mixed = seed if i == 0 else int(np.random.SeedSequence([seed, i]).generate_state(1)[0])
+            with program.driven(mixed), torch.no_grad():
+                answer = ask(*block)
+            yield answer
+
+    return answers()
+
+
+def log_weight(program: Program, guide: poutine.Trace, block: Cells, n_draws: int | None = None) -> Tensor:
+    """(S, n) log p - log q over the sites of each cell; global ones are drawn from the guide and left at that."""
+    model = follow(program, guide, block, n_draws)
+    weight = block.library.new_zeros(1, len(block))
+    summed = summed_out(program, model, n_draws)
+    for trace, sign in ((model, 1.0), (guide, -1.0)):
+        for name in sites_of(trace):
+            site: Any = trace.nodes[name]
+            if (
+                not is_computed(site)
+                and in_cells(site)
+                and name not in program.enumerated
+                and not summed.concerns(site)
+            ):
+                weight = weight + sign * of_cells(site["fn"].log_prob(site["value"]), int(n_draws is not None))
+    if program.enumerated:
+        weight = weight + summed.table().logsumexp(0)
+    return weight
