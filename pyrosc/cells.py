@@ -15,6 +15,7 @@ import copy
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,7 +70,8 @@ class Cells:
     total : int
         The number of cells that the plate stands for: N, except in a mini-batch.
     batch, label, sample : (N,) int64 tensors
-        Codes of the levels; label -1 where unknown, 0 throughout where there is no column.
+        Codes of the levels. Label and sample are -1 where unknown (new levels in new data too), and asking for
+        one without such a column is an error; batch is 0 throughout without one.
     library : (N, 1) tensor
         Observed total count over the genes held; kept when counts are taken away.
     size_factor : (N, 1) tensor or None
@@ -477,11 +479,24 @@ class Cells:
 
     @property
     def label(self) -> Tensor:
+        self._asked("label")
         return self._code("label")
 
     @property
     def sample(self) -> Tensor:
-        return self._code("sample")
+        self._asked("sample")
+        codes = self._code("sample")
+        # Not while training: its samples are those of the schema, and the check would make a GPU wait.
+        if self._running and not torch.is_grad_enabled() and bool((codes < 0).any()):
+            raise ValueError(
+                f"{int((codes < 0).sum()):,} of these cells are of a sample that training did not have, and the story "
+                "reads cells.sample: name a known one, cells.do(sample=...), or fit again with these cells"
+            )
+        return codes
+
+    def _asked(self, role: str) -> None:
+        if getattr(self.schema, role) is None:
+            raise ValueError(f"these cells have no {role} column: Cells.from_anndata(adata, {role}=...)")
 
     @property
     def depth(self) -> Tensor:
@@ -697,8 +712,8 @@ class Cells:
     def thin(self, fraction: float, *, seed: int = 0) -> tuple[Cells, Cells]:
         """Each count kept with probability ``fraction``: (kept, the rest), which add up to these cells.
 
-        Their ``kept`` says which share they hold. Independent parts of Poisson counts; `check.compare` uses the one
-        to predict the other.
+        Their ``kept`` says which share they hold, and the moments of log totals in their schema are their own.
+        Independent parts of Poisson counts; `check.compare` uses the one to predict the other.
         """
         if not 0 < fraction < 1:
             raise ValueError(f"fraction must be between 0 and 1, not {fraction}")
@@ -715,8 +730,10 @@ class Cells:
         return parts[0], parts[1]
 
     def _with_own_library(self) -> Cells:
-        totals = self._own_counts().totals().to(self.library)
-        return self._copy(library=totals.unsqueeze(-1))
+        """With the totals of these counts as library, and their moments in the schema."""
+        totals = self._own_counts().totals()
+        moments: dict[str, Any] = library_moments(totals.numpy(), self.batch.cpu().numpy(), self.schema.n_batches)
+        return self._copy(library=totals.to(self.library).unsqueeze(-1), schema=replace(self.schema, **moments))
 
     def without_counts(self) -> Cells:
         """The same cells with counts to be drawn; their library stays."""
@@ -730,7 +747,7 @@ class Cells:
             raise ValueError(f"x has shape {tuple(x.shape)} for {len(self):,} cells x {self.n_genes:,} genes")
         names: Any = range(len(self)) if self._obs is None else self.names
         counts = read_counts(x, "x", names, self.schema.genes, "Pass whole counts.", [])
-        return self._copy(_counts=counts.to(self.device), _rows=None, _x=None)
+        return self._copy(_counts=counts.to(self.device), _rows=None, _x=None, kept=1.0)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Cells:
         """The same cells on another device, with dense values in another floating type."""

@@ -264,7 +264,7 @@ class TrendPrior(Part):
             self.slope.copy_(slope)
             self.intercept.copy_(intercept)
             if self.arguments["sd"] is None:
-                self.log_sd.copy_(rest.std().clamp(0.1, 3.0).log())
+                self.log_sd.copy_(rest.std(correction=0).clamp(0.1, 3.0).log())
 
     def forward(self, cells: Cells | None = None) -> Any:
         trend = self.intercept + self.slope * self.log_mean

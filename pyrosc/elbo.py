@@ -52,12 +52,14 @@ class Terms:
     reconstruction : (n,) log density of what was observed
     local_kl : site -> (n,)
     global_kl : site -> ()  once for the whole data set
+    global_observed : () log density of what was observed of all cells together
     z_mean : (n, K) the guide's mean of z, None where there is no closed one
     """
 
     reconstruction: Tensor
     local_kl: dict[str, Tensor] = field(default_factory=dict)
     global_kl: dict[str, Tensor] = field(default_factory=dict)
+    global_observed: Tensor | float = 0.0
     z_mean: Tensor | None = None
 
     @property
@@ -82,6 +84,8 @@ def elbo_terms(program: Program, cells: Cells) -> Terms:
             continue
         if name in program.enumerated or summed.concerns(site):
             summed.add(name, site)
+        elif site["is_observed"] and not in_cells(site):
+            terms.global_observed = terms.global_observed + site["fn"].log_prob(site["value"]).sum()
         elif site["is_observed"]:
             terms.reconstruction = terms.reconstruction + of_cells(site["fn"].log_prob(site["value"]))
         elif in_cells(site):

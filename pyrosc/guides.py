@@ -85,7 +85,7 @@ def is_computed(site: Any) -> bool:
 
 def is_enumerated(site: Any) -> bool:
     """Whether the story asks for the sum over the values of this discrete site."""
-    return bool(site["infer"].get("enumerate")) and site["fn"].has_enumerate_support
+    return site["infer"].get("enumerate") == "parallel" and site["fn"].has_enumerate_support
 
 
 def latent_sites(trace: poutine.Trace) -> dict[str, Any]:
@@ -129,14 +129,62 @@ def _support(fn: Any) -> Any:
     return support
 
 
-def _bounds(support: Any) -> tuple[float, ...]:
+def _bounds(support: Any) -> list[Any]:
+    """Lower and upper bound, where a support has them; numbers or tensors."""
     inner = _plain(support)
-    found = [getattr(inner, name) for name in ("lower_bound", "upper_bound") if hasattr(inner, name)]
-    return tuple(float(v) for bound in found for v in torch.as_tensor(bound).reshape(-1).double())
+    return [getattr(inner, name) for name in ("lower_bound", "upper_bound") if hasattr(inner, name)]
+
+
+def _settled(support: Any, n_cells: int | None) -> Any:
+    """The support with constant bounds as numbers, whatever the cells at hand; None if it differs by cell."""
+    fixed: list[Any]
+    bounds = [torch.as_tensor(b).detach() for b in _bounds(support)]
+    if all(bool((b == b.reshape(-1)[0]).all()) for b in bounds):
+        fixed = [float(b.reshape(-1)[0]) for b in bounds]
+    elif n_cells is not None and any(
+        b.dim() > support.event_dim and b.shape[-1 - support.event_dim] == n_cells for b in bounds
+    ):
+        # The bounds were expanded over the cells: the same for all, or not?
+        at = [b.movedim(-1 - support.event_dim, 0) if b.dim() > support.event_dim else b.unsqueeze(0) for b in bounds]
+        if any(not bool((b == b[:1]).all()) for b in at):
+            return None
+        fixed = [b[0] for b in at]
+    else:
+        fixed = bounds
+    return _rebuilt(support, fixed)
+
+
+def _rebuilt(support: Any, bounds: list[Any]) -> Any:
+    """A support with other bounds."""
+    inner = _plain(support)
+    if not bounds or inner in (constraints.positive, constraints.nonnegative, constraints.unit_interval):
+        return support
+    made: Any = type(inner)(*bounds)
+    return constraints.independent(made, support.event_dim) if support.event_dim else made
 
 
 def _refuse(name: str, reason: str, remedy: str) -> ProgramError:
     return ProgramError(f'site "{name}" is left out by the guide, and cannot be completed: {reason}. {remedy}')
+
+
+def check_enumerated(name: str, site: Any) -> None:
+    """Refuse a site to be enumerated that cannot be summed out cell by cell.
+
+    Raises
+    ------
+    ProgramError
+    """
+    plates = [f.name for f in site["cond_indep_stack"]]
+    if "cells" not in plates:
+        raise ProgramError(
+            f'site "{name}" is to be enumerated, but is one for all cells: '
+            "only sites in the plate of cells are summed out"
+        )
+    if len(plates) > 1:
+        raise ProgramError(
+            f'site "{name}" is to be enumerated, but stands in plates {plates}: only sites with one value a cell are '
+            "summed out. Write the mixture as one distribution (dist.MixtureSameFamily), or the plate as several sites"
+        )
 
 
 def survey(draw: Callable[[], poutine.Trace], missing: list[str]) -> list[Latent]:
@@ -151,7 +199,9 @@ def survey(draw: Callable[[], poutine.Trace], missing: list[str]) -> list[Latent
     ProgramError
         If a site is of a kind that cannot be guided.
     """
-    traces = [draw() for _ in range(_DRAWS)]
+    with torch.enable_grad():  # for once, to see which bounds of supports are learned
+        traces = [draw()]
+    traces += [draw() for _ in range(_DRAWS - 1)]
     return [_surveyed(name, [trace.nodes[name] for trace in traces]) for name in missing]
 
 
@@ -162,16 +212,33 @@ def _surveyed(name: str, sites: list[Any]) -> Latent:
     if law in _PERIODIC:
         raise _refuse(name, f"{law} is periodic, and a normal on the line would run around the circle", by_hand)
     support = _support(fn)
+    if support.is_discrete and site["infer"].get("enumerate"):
+        found = site["infer"]["enumerate"]
+        reason = (
+            f'enumerate="{found}" is not known here'
+            if found != "parallel"
+            else f"{law} has no finite list of values to sum over"
+        )
+        raise _refuse(name, reason, 'Sites with few values are summed out by infer={"enumerate": "parallel"}.')
     if support.is_discrete:
         raise _refuse(
             name,
             f"{law} is discrete, and has no gradient",
             'Sum it out: pyro.sample(..., infer={"enumerate": "parallel"}) for a site of each cell with few values.',
         )
+    if any(isinstance(b, Tensor) and b.requires_grad for b in _bounds(support)):
+        raise _refuse(name, f"the support of {law} moves with learned numbers", by_hand)
     if site["mask"] is not None or float(torch.as_tensor(site["scale"]).max()) != 1.0:
         raise _refuse(name, "it is drawn under a mask or scale handler, which its KL term would not follow", by_hand)
-    if any(_bounds(_support(other["fn"])) != _bounds(support) for other in sites):
+    first = [torch.as_tensor(b).detach() for b in _bounds(support)]
+    if any(
+        not torch.equal(b, torch.as_tensor(o)) for other in sites for b, o in zip(first, _bounds(_support(other["fn"])))
+    ):
         raise _refuse(name, f"the support of {law} depends on another site", by_hand)
+    n_cells = site["fn"].batch_shape[-1] if any(f.name == "cells" for f in site["cond_indep_stack"]) else None
+    support = _settled(support, n_cells)
+    if support is None:
+        raise _refuse(name, f"the support of {law} differs from cell to cell", by_hand)
     try:
         transform = biject_to(support)
     except NotImplementedError as error:
@@ -180,7 +247,7 @@ def _surveyed(name: str, sites: list[Any]) -> Latent:
     in_cells = len(frames) < len(site["cond_indep_stack"])
     if in_cells and (not fn.batch_shape or any(f.dim == -1 for f in frames)):
         raise _refuse(name, "the plate of cells must be the last batch dimension (dim -1) of its sites", by_hand)
-    free = torch.stack([transform.inv(other["value"].double()) for other in sites])
+    free = torch.stack([transform.inv(other["value"].detach().double()) for other in sites])
     if in_cells:  # all cells are alike to the prior: (draws, batch, cells, event) to (draws x cells, batch, event)
         free = free.movedim(len(fn.batch_shape), 1).flatten(0, 1)
     free = free.nan_to_num(0.0, 0.0, 0.0)
@@ -195,6 +262,8 @@ def _surveyed(name: str, sites: list[Any]) -> Latent:
 def family(loc: Tensor, scale: Tensor, support: Any) -> Any:
     """A normal over the reals mapped to a support, with the support's event dimensions."""
     plain, event_dim = _plain(support), support.event_dim
+    if any(isinstance(b, Tensor) for b in _bounds(support)):
+        support = _rebuilt(support, [b.to(loc) for b in _bounds(support)])
     if plain is constraints.real:
         return dist.Normal(loc, scale).to_event(event_dim)
     if plain in (constraints.positive, constraints.nonnegative):
@@ -337,17 +406,34 @@ class Completion(nn.Module):
         """Completed sites, globals first."""
         return [guide.site.name for guide in self.guides]
 
-    def settle(self, sites: list[Latent], schema: Schema, parts: Mapping[str, nn.Module], blank: Cells) -> None:
-        """Guides for these sites; those that were there for the same kind of site keep their weights."""
+    def settle(
+        self,
+        sites: list[Latent],
+        schema: Schema,
+        parts: Mapping[str, nn.Module],
+        blank: Cells,
+        is_wanted: bool,
+    ) -> None:
+        """Guides for these sites; those that were there for the same kind of site keep their weights.
+
+        ``is_wanted`` says whether a function of the story asks for the part "encoder" itself.
+        """
         held = dict(self.sites.items())
         own = self.encoder
-        if any(site.in_cells for site in sites) and not _reads(parts.get("encoder")):
+        given = parts.get("encoder")
+        if any(site.in_cells for site in sites) and not _reads(given):
+            if given is not None and not is_wanted:
+                raise ProgramError(
+                    f'part "encoder" ({type(given).__name__}) is to guide '
+                    f"{[s.name for s in sites if s.in_cells]}, and has no "
+                    "features(log1p_counts, covariates) to read cells with: give it that method, or leave it out"
+                )
             if own is None:
                 own = Encoder(None)
                 own.build(schema, {}, {})
         else:
             own = None
-        self.encoder, encoder = own, own if own is not None else parts.get("encoder")
+        self.encoder, encoder = own, own if own is not None else given
         self.sites = Parts()
         for site in sorted(sites, key=lambda s: s.in_cells):
             n_features = _features(encoder, blank).shape[-1] if site.in_cells else 0

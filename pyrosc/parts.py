@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from .cells import Cells
 from .schema import Schema
 
+_BY_NAME = inspect.Parameter.KEYWORD_ONLY
+
 
 class Part(nn.Module):
     """A part that remembers its arguments.
@@ -37,6 +39,12 @@ class Part(nn.Module):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__()
+        for name, value in arguments.items():
+            if getattr(value, "ndim", 0) > 0:
+                raise ValueError(
+                    f"argument {name} of a part is an array, and a file keeps arguments as JSON: leave it out of "
+                    "super().__init__() and keep it as a buffer, self.register_buffer(...), which is saved too"
+                )
         self.arguments = {k: v.item() if hasattr(v, "item") else v for k, v in arguments.items()}
 
     @property
@@ -69,12 +77,15 @@ class Part(nn.Module):
 
     def extra_repr(self) -> str:
         known = inspect.signature(type(self).__init__).parameters
-        usual = {k: p.default for k, p in known.items() if p.kind is p.KEYWORD_ONLY}
-        return ", ".join(
-            f"{k}={v!r}"
-            for k, v in self.arguments.items()
-            if not isinstance(v, nn.Module) and (k, v) not in usual.items()
-        )
+        said = []
+        for name, value in self.arguments.items():
+            usual = known[name].default if name in known else inspect.Parameter.empty
+            is_shown = usual is not None if value is None else name not in known or known[name].kind is not _BY_NAME
+            if not isinstance(value, nn.Module) and (is_shown or value != usual):
+                said.append(f"{name}={value!r}")
+            elif isinstance(value, nn.Module):
+                said.append(f"{name}={type(value).__name__}({value.extra_repr()})")
+        return ", ".join(said)
 
 
 class Parts(nn.ModuleDict):

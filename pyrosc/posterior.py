@@ -174,7 +174,7 @@ class Fit:
             both = np.concatenate([mean[..., None], np.concatenate(rest)], -1)
             header = pd.MultiIndex.from_product([names, ["mean", "sd", "lower", "upper"]], names=["gene", None])
             table = pd.DataFrame(both.reshape(len(cells), -1), index=cells.names, columns=header)
-        table.attrs["uncertainty"] = "z only"
+        table.attrs["uncertainty"] = "z and global sites" if self.program.has_globals else "z only"
         table.attrs["unit"] = "share" if self.schema.size_factor is None else "rate per unit of size factor"
         return table
 
@@ -219,8 +219,10 @@ class Fit:
             value = node["value"]
             if not in_cells(node):
                 is_global = True
-                value = value if n is None else value.flatten(0, value.dim() - event - 1)
-                return value.unsqueeze(0) if n is None else value.expand(n, *value.shape[1:])
+                if n is None or value.dim() == event:  # without draws in front: of one run, or not random
+                    return value.expand(n or 1, *value.shape)
+                value = value.flatten(0, value.dim() - event - 1)
+                return value.expand(n, *value.shape[1:])
             each = value.numel() // max(len(block), 1) * (n_draws if n is None else 1)
             require_memory(8 * each * len(cells), "these draws", "Ask for fewer draws or cells at a time.")
             front = int(n is not None)
@@ -274,8 +276,9 @@ class Fit:
     def predictive(self, n_draws: int, return_sites: Sequence[str] | None = None) -> Predictive:
         """Pyro's own Predictive: latent sites from the guide, counts drawn anew.
 
-        Call it with Cells in the order of this fit. It draws every site for all cells at once,
-        from Pyro's global random state.
+        Call it with Cells in the order of this fit. A story that indexes a global site by cell
+        (``effect[cells.batch]``) breaks in it, as Pyro pads such draws; `draws` has no such limit.
+        It draws every site for all cells at once, from Pyro's global random state.
 
         Raises
         ------

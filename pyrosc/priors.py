@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -102,8 +103,8 @@ class Prior(Part):
             self.take(sizes.get("n_latent", 1) if self.is_latent else self.n_given)
 
     def take(self, size: int) -> None:
-        """Settle an open size: that many independent numbers."""
-        self.size = self.arguments["size"] = size
+        """Settle an open size: that many independent numbers. In a file it stays open."""
+        self.size = size
 
     def forward(self, cells: Cells | None = None) -> Any:
         made = self._made()
@@ -251,24 +252,26 @@ class MixturePrior(Part):
     def start(self, cells: Cells) -> None:
         if self._given or not _is_trained(self.encoder) or not cells.has_counts:
             return
-        k = self.arguments["k"]
-        encoded = [self.encoder(block) for block in blocks(cells[: min(len(cells), 20_000)])]
+        k, n = self.arguments["k"], min(len(cells), 20_000)
+        some = cells.rows(torch.randperm(len(cells))[:n].to(cells.device), whole=True)
+        encoded = [self.encoder(block) for block in blocks(some)]
         loc, sd = (torch.cat(v).double().cpu() for v in zip(*encoded))
-        seed = int(torch.randint(2**31, ()))
-        _, member = kmeans2(
-            loc.numpy(), k, minit="++", seed=np.random.default_rng(seed), missing="warn" if k == 1 else "raise"
-        )
-        groups = torch.as_tensor(member, dtype=torch.int64)
-        if self.arguments["labels"]:
-            known = cells.label[: len(loc)].cpu()
-            groups = torch.where(known >= 0, known, groups)
-        with torch.no_grad():
-            for m in range(k):
-                mine = groups == m
-                if int(mine.sum()) > 1:
-                    self.loc[m] = loc[mine].mean(0)
-                    self.log_scale[m] = (loc[mine].var(0) + (sd[mine] ** 2).mean(0)).sqrt().log()
-                self.logits[m] = math.log((float(mine.sum()) + 1) / (len(loc) + k))
+        label = some.label.cpu() if self.arguments["labels"] else torch.full((n,), -1)
+        n_labels = int(label.max()) + 1
+        groups = label.clone()  # cells of known label start that label's component, the others the free ones
+        free = torch.nonzero(label < 0).squeeze(-1)
+        if k > n_labels and len(free) > k - n_labels:
+            seed = np.random.default_rng(int(torch.randint(2**31, ())))
+            with warnings.catch_warnings():  # an empty cluster keeps its random start
+                warnings.simplefilter("ignore")
+                _, member = kmeans2(loc[free].numpy(), k - n_labels, minit="++", seed=seed)
+            groups[free] = torch.as_tensor(member, dtype=torch.int64) + n_labels
+        for m in range(k):
+            mine = groups == m
+            if int(mine.sum()) > 1:
+                self.loc[m] = loc[mine].mean(0)
+                self.log_scale[m] = (loc[mine].var(0) + (sd[mine] ** 2).mean(0)).sqrt().log()
+            self.logits[m] = math.log((float(mine.sum()) + 1) / (n + k))
 
     def forward(self, cells: Cells | None = None) -> Any:
         logits = self.logits

@@ -30,10 +30,12 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from .cells import Cells
+from .dispersions import NoDispersion
 from .errors import ProgramError
-from .guides import Completion, is_computed, is_enumerated, latent_sites, law_of, plate_depth, survey
+from .guides import Completion, check_enumerated, is_computed, is_enumerated, latent_sites, law_of, plate_depth, survey
 from .isolation import checked_seed, isolated
 from .parts import Parts
+from .priors import Prior
 from .schema import Schema, did_you_mean, listed
 
 
@@ -77,7 +79,7 @@ class Program(nn.Module):
         guide: Callable[..., None] | None = None,
         *,
         seed: int = 0,
-        **parts: nn.Module,
+        **parts: nn.Module | None,
     ) -> None:
         super().__init__()
         require_cells(cells)
@@ -85,7 +87,8 @@ class Program(nn.Module):
         self.seed = checked_seed(seed)
         self._story, self._guide = model, guide
         self._wanted = {f: _wanted_parts(f) for f in (model, guide) if f is not None}
-        self._check_names(parts)
+        given = _without_none(parts)
+        self._check_names(given)
         self.parts = Parts()
         self.completion = Completion()
         self._quiet = False
@@ -94,7 +97,7 @@ class Program(nn.Module):
         self.n_combinations = 1  # of their values
         self.has_globals = False  # whether a latent site is one for all cells
         self.n_plates = 1  # nested plates, that of cells included
-        self._assemble(parts)
+        self._assemble(given)
         self.eval()
 
     def _check_names(self, parts: Mapping[str, nn.Module]) -> None:
@@ -103,6 +106,10 @@ class Program(nn.Module):
             if name not in wanted:
                 raise ProgramError(
                     f'no part "{name}" in {self.story}. Its parts: {listed(wanted, 20)}.' + did_you_mean(name, wanted)
+                )
+            if isinstance(part, nn.Module) and "_parameters" not in vars(part):
+                raise ProgramError(
+                    f'part "{name}" ({type(part).__name__}) does not call super().__init__() when it is made'
                 )
             if not isinstance(part, nn.Module):
                 remedy = (
@@ -121,6 +128,7 @@ class Program(nn.Module):
 
     def _assemble(self, parts: Mapping[str, nn.Module]) -> None:
         """Take copies of parts, settle the sizes they share, and build those that were not built for these cells."""
+        device, dtype = self.device, self.dtype
         for name, part in parts.items():
             self.parts[name] = copy.deepcopy(part)
         sizes: dict[str, int] = {"n_genes": self.schema.n_genes}
@@ -148,15 +156,33 @@ class Program(nn.Module):
                 if build is not None and getattr(part, "built_for", None) != built_for:
                     build(self.schema, sizes, dict(self.parts.items()))
                     part.built_for, part.started = built_for, False  # type: ignore[assignment]
+                part.to(device, dtype)
             for part in self.parts.values():
                 link = getattr(part, "link", None)
                 if link is not None:
                     link(dict(self.parts.items()))
+        self._check_prior()
         self._complete()
+
+    def _check_prior(self) -> None:
+        """Whether the prior of a state draws as many numbers as the networks take."""
+        prior = self.parts["prior"] if "prior" in self.parts else None
+        if prior is None or "n_latent" not in self._sizes:
+            return
+        try:
+            with isolated(self.seed), torch.no_grad():
+                event = tuple(prior().event_shape)
+        except TypeError:  # one that wants cells
+            return
+        if event != (self._sizes["n_latent"],):
+            raise ProgramError(
+                f'part "prior" draws a state of shape {event}, '
+                f"the networks take n_latent={self._sizes['n_latent']} numbers"
+            )
 
     def _complete(self) -> None:
         """Find out what the model draws and the guide function does not, and make guides for it."""
-        blank = self._blank(3)
+        blank = self.blank(3)
         with self.driven(self.seed), torch.no_grad():
             names: set[str] = set()
             traces = []
@@ -173,26 +199,54 @@ class Program(nn.Module):
             self.has_globals = any(all(f.name != "cells" for f in s["cond_indep_stack"]) for s in drawn.values())
             self.enumerated = [n for n, site in drawn.items() if n not in names and is_enumerated(site)]
             for name in self.enumerated:
-                if not any(f.name == "cells" for f in drawn[name]["cond_indep_stack"]):
-                    raise ProgramError(
-                        f'site "{name}" is to be enumerated, but is one for all cells: '
-                        "only sites in the plate of cells are summed out"
-                    )
+                check_enumerated(name, drawn[name])
+            if self.enumerated:
+                self._check_enumerating(blank)
             sizes = [drawn[name]["fn"].enumerate_support(expand=False).shape[0] for name in self.enumerated]
             self.n_combinations = math.prod(sizes)
             missing = [name for name in drawn if name not in names and name not in self.enumerated]
             sites = survey(lambda: poutine.trace(self.model).get_trace(blank), missing) if missing else []
-            self.completion.settle(sites, self.schema, dict(self.parts.items()), blank)
-        self.completion.to(self.device)
-        wanted = {name for f in self._wanted.values() for name in f}
+            self._check_plates(traces[-1])
+            wanted = {name for f in self._wanted.values() for name in f}
+            self.completion.settle(sites, self.schema, dict(self.parts.items()), blank, "encoder" in wanted)
+        self.completion.to(self.device, self.dtype)
         if "encoder" in self.parts and "encoder" not in wanted and not any(site.in_cells for site in sites):
             raise ProgramError(f'no part "encoder" is used by {self.story}: leave it out')
 
-    def _blank(self, n_cells: int) -> Cells:
-        """Made-up cells without a single count."""
-        dtype = next((p.dtype for p in self.parameters()), torch.float32)
+    def _check_enumerating(self, blank: Cells) -> None:
+        run = poutine.enum(self.model, first_available_dim=-1 - self.n_plates)
+        try:
+            poutine.trace(run).get_trace(blank).compute_log_prob()
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise ProgramError(
+                f"{self.story} cannot take all values of {listed(self.enumerated)} at once: {error}. "
+                "An enumerated site comes with a dimension in front, (values, 1) instead of (n,): index a table with "
+                "it, table[site], or use torch.where; no assignment in place"
+            ) from error
+
+    def _check_plates(self, trace: poutine.Trace) -> None:
+        """What is told of the plate of cells from one run on three made-up cells."""
+        nodes: dict[str, Any] = trace.nodes
+        sites = {n: s for n, s in nodes.items() if s["type"] == "sample" and not site_is_subsample(s)}
+        if not any(f.name == "cells" for site in sites.values() for f in site["cond_indep_stack"]):
+            raise ProgramError(
+                f"{self.story} draws nothing in the plate of cells, so that mini-batches would count for less than the "
+                "whole: open it, `with cells.plate():`"
+            )
+        for name, site in sites.items():
+            inside = any(f.name == "cells" for f in site["cond_indep_stack"])
+            value, event_dim = site["value"], site["fn"].event_dim
+            # Pyro takes all dimensions of a computed value for its event unless told otherwise, the cells' too.
+            if inside and is_computed(site) and event_dim == value.dim() > 0 and len(value) == 3:
+                raise ProgramError(
+                    f'site "{name}" is computed for each cell: say how many dimensions one cell has, '
+                    f'pyro.deterministic("{name}", value, event_dim={event_dim - 1})'
+                )
+
+    def blank(self, n_cells: int) -> Cells:
+        """Made-up cells without a single count, on the Program's device."""
         blank = Cells.blank(self.schema, n_cells)
-        return blank.with_counts(torch.zeros(n_cells, self.schema.n_genes)).to(self.device, dtype)
+        return blank.with_counts(torch.zeros(n_cells, self.schema.n_genes)).to(self.device, self.dtype)
 
     def _run(self, cells: Cells, call: Callable[[], poutine.Trace], seen: str = "") -> poutine.Trace:
         """A run of model or guide; what goes wrong in it is said with the parts at hand."""
@@ -200,15 +254,31 @@ class Program(nn.Module):
             return call()
         except ProgramError:
             raise
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
             raise ProgramError(
-                f"{self.story} could not be run on {cells!r}: {error}\nParts: {self._parts_line()}{seen}"
+                f"{self.story} could not be run on {cells!r}: {error}{self._hint(str(error))}\n"
+                f"Parts: {self._parts_line()}{seen}"
             ) from error
+
+    def _hint(self, error: str) -> str:
+        """What is likely wrong, where it is a common slip."""
+        if "Shape mismatch inside plate" in error:
+            return ". The numbers of one cell are one event: distribution.to_event(1)"
+        parts = dict(self.parts.items())
+        if isinstance(parts.get("library"), Prior):
+            return '. A part "library" makes the site itself: for a prior on it, library=LatentLibrary(7.0, 1.0)'
+        if isinstance(parts.get("dispersion"), Prior):
+            return ". For a prior on the dispersion, dispersion=GeneDispersion(prior=Prior(...))"
+        prior = parts.get("prior")
+        if prior is not None and not inspect.signature(prior.forward).parameters:
+            return '. The prior of a cell\'s state is called prior(cells): write "def forward(self, cells=None)"'
+        return ""
 
     @property
     def story(self) -> str:
         """Name of the model: of its function, or of its file where that is just "model"."""
-        name, file = self._story.__name__, self._story.__module__.rsplit(".", 1)[-1]
+        name = getattr(self._story, "__name__", type(self._story).__name__)
+        file = self._story.__module__.rsplit(".", 1)[-1]
         return file if name == "model" and not file.startswith("__") else name
 
     @property
@@ -263,7 +333,9 @@ class Program(nn.Module):
         quiet = self._quiet
         with isolated(seed, self.device, validate):
             self._quiet = True
-            self.train(train)
+            self.train(False)
+            if train:
+                self.set_training()
             try:
                 yield
             finally:
@@ -271,21 +343,31 @@ class Program(nn.Module):
                 for module, mode in modes.items():
                     module.training = mode
 
+    def set_training(self) -> None:
+        """Train mode, but for what is frozen: dropout and running statistics there would not be as they were kept."""
+        self.train(True)
+        for module in self.modules():
+            own = list(module.parameters())
+            if own and not any(p.requires_grad for p in own):
+                module.eval()
+
     # ---- other programs from this one -------------------------------------------------------
 
-    def replace(self, **parts: nn.Module) -> Program:
+    def replace(self, **parts: nn.Module | None) -> Program:
         """The same story with some parts replaced; the others keep their weights.
+
+        ``dispersion=None`` stands for `NoDispersion`.
 
         Raises
         ------
         ProgramError
             If there is no part of that name, or it does not fit the others.
         """
-        kept = dict(self.parts.items())
-        self._check_names(kept | parts)
+        kept, given = dict(self.parts.items()), _without_none(parts)
+        self._check_names(kept | given)
         new = self.copy()
-        new._assemble(parts)
-        return new.to(self.device).eval()
+        new._assemble(given)
+        return new.eval()
 
     def copy(self) -> Program:
         """An independent Program with the same parts and weights."""
@@ -304,6 +386,11 @@ class Program(nn.Module):
     @property
     def device(self) -> torch.device:
         return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating type of the weights."""
+        return next((p.dtype for p in self.parameters()), torch.get_default_dtype())
 
     def start(self, cells: Cells) -> None:
         """Set values that new parts take from data (``part.start``); once for each part."""
@@ -339,19 +426,38 @@ class Program(nn.Module):
         dict
             Every site's value, (n, event) inside the plate, on the CPU. Random.
         """
-        blank = Cells.blank(self.schema, cells, seed=seed) if isinstance(cells, int) else cells.without_counts()
-        fixed = dict(fixed or {})
+        if isinstance(cells, Cells):
+            blank = cells.without_counts()
+        elif isinstance(cells, bool) or not hasattr(cells, "__index__") or cells < 1:
+            raise ValueError(f"generate takes Cells, or a number of cells of at least 1, not {cells!r}")
+        else:
+            blank = Cells.blank(self.schema, int(cells), seed=seed)
+        blank = blank.to(self.device, self.dtype)
+        values = {name: torch.as_tensor(v).to(self.device) for name, v in dict(fixed or {}).items()}
+        values = {name: v.to(self.dtype) if v.is_floating_point() else v for name, v in values.items()}
         with self.driven(seed), torch.no_grad():
-            trace = poutine.trace(poutine.condition(self.model, data=fixed)).get_trace(blank.to(self.device))
+            if values:
+                self._check_fixed(values, poutine.trace(self.model).get_trace(blank))
+            trace = poutine.trace(poutine.condition(self.model, data=values)).get_trace(blank)
         nodes: dict[str, Any] = trace.nodes
-        strange = [name for name in fixed if name not in nodes]
-        if strange:
-            raise ValueError(f"fixed= names {listed(strange)}, not a site of {self.story}: {listed(nodes, 20)}")
         return {
             name: site["value"].cpu()
             for name, site in nodes.items()
             if site["type"] == "sample" and not site_is_subsample(site)
         }
+
+    def _check_fixed(self, values: Mapping[str, Tensor], trace: poutine.Trace) -> None:
+        nodes: dict[str, Any] = trace.nodes
+        sites = [n for n, s in nodes.items() if s["type"] == "sample" and not site_is_subsample(s)]
+        for name, value in values.items():
+            if name not in sites:
+                raise ValueError(
+                    f'fixed= names "{name}", not a site of {self.story}: {listed(sites, 20)}.'
+                    + did_you_mean(name, sites)
+                )
+            shape = tuple(nodes[name]["value"].shape)
+            if tuple(value.shape) != shape:
+                raise ValueError(f'fixed["{name}"] has shape {tuple(value.shape)}, the site {shape}')
 
     def traces(self, cells: Cells) -> tuple[poutine.Trace, poutine.Trace]:
         """One run of the guide and of the model along it: (guide trace, model trace)."""
@@ -413,7 +519,7 @@ class Program(nn.Module):
         ``n`` stands for the cells at hand. KL terms are "analytic", or "Monte Carlo" where no
         closed form is known. Made from one run on three made-up cells.
         """
-        blank = self._blank(3)
+        blank = self.blank(3)
         with self.driven(self.seed), torch.no_grad():
             guide, model = self.traces(blank)
             relations = get_model_relations(self.model, (blank,))
@@ -458,6 +564,11 @@ class Program(nn.Module):
 def _one_line(part: nn.Module) -> str:
     text = getattr(part, "extra_repr", str)()
     return f"{type(part).__name__}({text})"
+
+
+def _without_none(parts: Mapping[str, nn.Module | None]) -> dict[str, Any]:
+    """Parts with "no dispersion" as a part."""
+    return {k: NoDispersion() if k == "dispersion" and part is None else part for k, part in parts.items()}
 
 
 def _wanted_parts(function: Callable[..., None]) -> dict[str, bool]:
@@ -523,12 +634,12 @@ def _check_sites(guide: poutine.Trace, model: poutine.Trace, cells: Cells, enume
                 f'site "{name}": the guide draws events of shape {tuple(q.event_shape)}, '
                 f"the model of {tuple(p.event_shape)}"
             )
-        wide, narrow = _reach(q.support), _reach(p.support)
-        if wide == "all reals" and narrow not in ("all reals", ""):
+        # torch takes the image of an affine map to be all reals; what is drawn is checked with the densities.
+        if law_of(q) != "Delta" and not law_of(q).endswith("mapped") and not _within(q.support, p.support):
             raise ProgramError(
-                f'site "{name}": the guide ({law_of(q)}, all reals) can draw values that the prior '
-                f"({law_of(p)}, {narrow}) rules out. Use a distribution with that support in the guide, "
-                "such as LogNormal for positive numbers."
+                f'site "{name}": the guide ({law_of(q)}, {_reach(q.support)}) can draw values that the prior '
+                f"({law_of(p)}, {_reach(p.support)}) rules out. Use a distribution with that support in the guide, "
+                "such as LogNormal for positive numbers; or leave the site out, and it is completed."
             )
         if not q.has_rsample:
             raise ProgramError(
@@ -564,17 +675,45 @@ def _check_sites(guide: poutine.Trace, model: poutine.Trace, cells: Cells, enume
                 )
 
 
+def _plain(support: Any) -> Any:
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support
+
+
+def _span(support: Any) -> tuple[Tensor, Tensor] | None:
+    """Bounds of a support of numbers; None for another kind (simplex, matrices)."""
+    inner = _plain(support)
+    low, high = getattr(inner, "lower_bound", -torch.inf), getattr(inner, "upper_bound", torch.inf)
+    if inner is constraints.real or hasattr(inner, "lower_bound") or hasattr(inner, "upper_bound"):
+        return torch.as_tensor(low, dtype=torch.float64), torch.as_tensor(high, dtype=torch.float64)
+    return None
+
+
+def _within(guide: Any, prior: Any) -> bool:
+    """Whether what the guide can draw lies within the prior's support, as far as is known."""
+    inner, outer = _span(guide), _span(prior)
+    if outer is None:  # a simplex, an ordered vector and the like want a guide of their own kind
+        return type(_plain(guide)) is type(_plain(prior)) or not _is_narrow(prior)
+    if inner is None:
+        return True
+    return bool((inner[0] >= outer[0]).all()) and bool((inner[1] <= outer[1]).all())
+
+
+def _is_narrow(support: Any) -> bool:
+    return _plain(support) in (constraints.simplex, constraints.ordered_vector, constraints.corr_cholesky)
+
+
 def _reach(support: Any) -> str:
-    inner = support
-    while hasattr(inner, "base_constraint"):
-        inner = inner.base_constraint
-    if inner is constraints.real:
+    inner, span = _plain(support), _span(support)
+    if inner is constraints.simplex:
+        return "sums to 1"
+    if span is None:
+        return str(inner)
+    low, high = (float(v.reshape(-1)[0]) for v in span)
+    if (low, high) == (-float("inf"), float("inf")):
         return "all reals"
-    if inner in (constraints.positive, constraints.nonnegative):
-        return "positive"
-    if inner is constraints.unit_interval:
-        return "between 0 and 1"
-    return "sums to 1" if inner is constraints.simplex else ""
+    return "positive" if (low, high) == (0.0, float("inf")) else f"between {low:g} and {high:g}"
 
 
 def _ancestors(relations: Mapping[str, Mapping[str, Any]]) -> dict[str, set[str]]:
@@ -593,9 +732,9 @@ def _ancestors(relations: Mapping[str, Mapping[str, Any]]) -> dict[str, set[str]
 
 
 def _check_mean_field(guide: Mapping[str, Any], model: Mapping[str, Any]) -> None:
-    """No model parent of a site may depend on that site in the guide (the analytic KL would be wrong)."""
+    """No direct parent of a site in the model may depend on that site in the guide (the analytic KL would be wrong)."""
     in_guide = _ancestors(guide)
-    for child, parents in _ancestors(model).items():
+    for child, parents in model["sample_sample"].items():
         for parent in parents:
             if child in in_guide.get(parent, ()):
                 raise ProgramError(

@@ -141,20 +141,36 @@ def _hash(thing: Any) -> str | None:
 def _part(part: nn.Module) -> dict[str, Any]:
     name = type(part).__name__
     if PARTS.get(name) is not type(part) or not isinstance(part, Part):
-        return {"own": name, "source": _hash(type(part))}
+        given = getattr(part, "arguments", {})
+        return {
+            "own": f"{name}(...)",
+            "source": _source(part),
+            "arguments": {k: v for k, v in given.items() if _is_json(v)},
+        }
     if isinstance(part, Prior) and DISTRIBUTIONS.get(part.arguments["distribution"]) is not part.distribution:
-        return {"own": name, "source": _hash(part.distribution)}
+        return {"own": f"Prior({part.arguments['distribution']}, ...)", "source": _source(part)}
     arguments = {k: _part(v) if isinstance(v, nn.Module) else v for k, v in part.arguments.items()}
     within = [v["own"] for v in arguments.values() if isinstance(v, dict) and "own" in v]
     if within:  # a part of the user's own inside one of ours: the whole is handed back
-        return {"own": f"{name}({', '.join(within)})", "source": None}
+        return {"own": f"{name}({', '.join(within)})", "source": _source(part)}
     return {"part": name, "arguments": arguments}
+
+
+def _source(part: nn.Module) -> str | None:
+    """Hash of the source of a part: of its class, of a prior's distribution, and of the parts inside it."""
+    thing = part.distribution if isinstance(part, Prior) else type(part)
+    inner = [_source(v) for v in getattr(part, "arguments", {}).values() if isinstance(v, nn.Module)]
+    found = [h for h in (_hash(thing), *inner) if h is not None]
+    return hashlib.sha256("".join(found).encode()).hexdigest() if found else None
+
+
+def _is_json(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _sites(program: Program) -> dict[str, list[int]]:
     """Event shape of every site drawn by the story."""
-    blank = Cells.blank(program.schema, 2)
-    blank = blank.with_counts(torch.zeros(2, program.schema.n_genes)).to(program.device)
+    blank = program.blank(2)
     with program.driven(0), torch.no_grad():
         trace = poutine.trace(program.model).get_trace(blank)
     nodes: dict[str, Any] = trace.nodes
@@ -300,7 +316,17 @@ def _made(
     name: str, held: dict[str, Any], tensors: dict[str, Tensor], own: dict[str, nn.Module], path: Path, notes: list[str]
 ) -> nn.Module:
     if name in own:
-        if held.get("source") and _hash(type(own[name])) not in (None, held["source"]):
+        if not isinstance(own[name], nn.Module):
+            raise ValueError(f'part "{name}" must be made, {name}={held.get("own", "...")}, not {own[name]!r}')
+        was, now = held.get("arguments", {}), getattr(own[name], "arguments", {})
+        other = [k for k, v in was.items() if _is_json(v) and k in now and now[k] != v] if "own" in held else []
+        if other:
+            k = other[0]
+            raise ValueError(
+                f'part "{name}": {k} is {now[k]!r} as handed in, and was {was[k]!r} for {path.name}. '
+                "Make it as it was for the fit."
+            )
+        if held.get("source") and _source(own[name]) not in (None, held["source"]):
             notes.append(f'the source of part "{name}" has changed since {path.name} was saved')
         for key, value in own[name].state_dict().items():
             _compare(f"parts.{name}.{key}", value, tensors.get(f"parts.{name}.{key}"), path)
@@ -308,7 +334,7 @@ def _made(
     if "own" in held:
         raise ValueError(
             f'part "{name}" is of a class of your own, {held["own"]}: pass one made as it was for the fit, '
-            f"load(path, {name}={held['own']}(...))"
+            f"load(path, {name}={held['own']})"
         )
     return _from_table(held, tensors, f"parts.{name}.", path)
 

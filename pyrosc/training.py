@@ -152,7 +152,10 @@ def fit(
         "patience": None if patience is None else int(patience), "weight_decay": float(weight_decay),
         "clip_norm": float(clip_norm), "seed": seed,
     }  # fmt: skip
-    run = _Run(program.copy().to(place), train.to(place), None if held_out is None else held_out.to(place), given)
+    dtype = program.dtype
+    run = _Run(
+        program.copy().to(place), train.to(place, dtype), None if held_out is None else held_out.to(place, dtype), given
+    )
     if not any(p.requires_grad for p in run.program.parameters()):
         raise ValueError("every weight is frozen (requires_grad=False), so there is nothing to fit")
     run.settings |= {
@@ -313,7 +316,9 @@ class _Run:
 
     def prepare(self) -> None:
         """Start values, one validated run, and an estimate of what the fit will take."""
+        self.program.train(False)
         self.program.start(self.train)
+        self.program.set_training()
         self.good = self._weights()
         first = self.train.rows(
             torch.arange(min(len(self.train), self.given["batch_size"]), device=self.train.device), whole=False
@@ -332,6 +337,7 @@ class _Run:
             for p in self.program.parameters():
                 p.grad = None
         step = time.perf_counter() - began
+        self.program.load_state_dict(self.good)  # running statistics of norms moved
         seconds = 1.2 * step * self.total_steps  # optimiser and held-out cells add about a fifth
         self.settings["estimate"]["seconds"] = seconds
         logger.info("about %.0f s for %d steps, %.2f GB", seconds, self.total_steps, memory / 1e9)
@@ -440,7 +446,7 @@ class _Run:
                 terms = elbo_terms(self.program, block)
                 centres.append(terms.z_mean)
                 local.append(terms.local)
-                shared = sum(float(v) for v in terms.global_kl.values())
+                shared = sum(float(v) for v in terms.global_kl.values()) - float(terms.global_observed)
         looked: dict[str, float] = {}
         if self.held_out is not None:
             looked["validation_elbo"] = float(torch.cat(local).mean()) - shared / len(self.train)

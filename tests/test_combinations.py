@@ -158,6 +158,9 @@ def check(cells, combination, path):
     again = pyrosc.load(path)
     np.testing.assert_array_equal(again.elbo(few), fit.elbo(few))
     np.testing.assert_array_equal(again.latent(few), fit.latent(few))
+    weights = fit.log_likelihood(few, 5)
+    assert np.isfinite(weights).all()
+    np.testing.assert_array_equal(again.log_likelihood(few, 5), weights)
     assert again.program.describe() == fit.program.describe()
 
 

@@ -207,6 +207,52 @@ def test_what_cannot_be_compared_is_refused_with_the_remedy(split):
         compare([half, "half"], test)
 
 
+def test_stories_that_hide_their_law_in_the_function_are_told_apart(split):
+    train, _, test = split
+
+    def counts(law):
+        def model(cells):
+            with cells.plate():
+                pyro.sample("x", law(cells.library / 50).expand([len(cells), 50]).to_event(1), obs=cells.x)
+
+        return model
+
+    program = pyrosc.Program(counts(lambda m: Poisson(m)), train)
+    other = pyrosc.Program(counts(lambda m: NegativeBinomial(m, torch.ones(1))), train)
+    made = [
+        pyrosc.Fit(p, pd.DataFrame(), {"n_cells": 1, "state": "finished", "best_epoch": 0}) for p in (program, other)
+    ]
+
+    with pytest.raises(ValueError, match="other likelihoods or libraries.*Poisson.*NegativeBinomial"):
+        compare(made, test)
+
+
+def test_shares_of_thinning_are_kept_in_order(split):
+    train, kept, test = split
+
+    assert np.diff([train.schema.log_library_mean, kept.schema.log_library_mean], axis=0) == pytest.approx(
+        -0.7, abs=0.05
+    )
+    assert kept.with_counts(train.x).kept == 1.0
+    fits = [quick(pyrosc.scvi(c, n_latent=2, n_hidden=4), c, epochs=1)
+            for c in (train.thin(0.3)[0], train.thin(0.7)[1])]  # fmt: skip
+    assert len(compare(fits, test)) == 2
+    with pytest.raises(ValueError, match="at least two"):
+        compare(fits, test[:1])
+    one, other = (Cells.from_counts(np.random.default_rng(s).poisson(3.0, (30, 6))) for s in (0, 1))
+    same_names = [quick(pyrosc.scvi(one, n_latent=2, n_hidden=4, seed=s), one, epochs=1) for s in (0, 1)]
+    with pytest.warns(PyroscWarning, match="other counts"):  # cell0, cell1, ... are names of any matrix
+        compare(same_names, other, n_draws=20)
+
+
+def test_a_latent_library_of_thinned_cells_expects_thinned_totals(split):
+    _, kept, _ = split
+    fit = quick(pyrosc.scvi(kept, n_latent=2, n_hidden=8, library=pyrosc.LatentLibrary()), kept, epochs=10)
+
+    off = np.log(fit.draws("library", kept, 50)[..., 0]).mean(0) - np.log(kept.library[:, 0].numpy())
+    assert abs(off.mean()) < 0.15
+
+
 def test_a_law_of_ones_own_needs_to_say_what_is_left(split):
     _, kept, test = split
 

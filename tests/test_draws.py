@@ -54,6 +54,32 @@ def test_stories_of_the_package_are_drawn_at_once(cells, parts):
     assert ((once.mean(0) - each.mean(0)).abs() < 5 * error).all()
 
 
+def test_draws_are_not_taken_for_cells(cells):
+    """A scalar global, (S, 1) in front, would broadcast over S cells."""
+
+    class Scalar(pyrosc.Part):
+        def forward(self):
+            return pyro.sample("theta", dist.Gamma(2.0, 1.0))
+
+        def at(self, value, cells, hidden=None):
+            return value
+
+    program = pyrosc.scvi(cells, n_latent=3, n_hidden=8, dispersion=Scalar())
+    for n in (1, 3, 5, 7, 25):
+        assert in_front(program, cells[:n], 25) == [None] * 25
+    assert unfitted(program).expression(cells[:3], n_draws=7).shape == (3, 30)
+    assert unfitted(program).draws("theta", cells[:3], 7).shape == (7,)
+
+
+def test_a_computed_global_is_repeated(cells):
+    def model(cells):
+        pyro.deterministic("effect", torch.ones(3, 4))
+        with cells.plate():
+            pyro.sample("x", dist.Poisson(1.0).expand([30]).to_event(1), obs=cells.x)
+
+    assert unfitted(Program(model, cells)).draws("effect", cells, 5).shape == (5, 3, 4)
+
+
 @pytest.mark.parametrize(
     "pick", [lambda e, b: e[b], lambda e, b: e[..., b, :]], ids=["effect[batch]", "effect[..., batch, :]"]
 )

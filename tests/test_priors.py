@@ -134,6 +134,14 @@ def test_a_mixture_on_a_trained_encoder_starts_at_its_clusters(fitted):
     labelled.start(cells)
     of_label = torch.stack([encoded[cells.label == c].mean(0) for c in range(4)])
     torch.testing.assert_close(labelled.parts["prior"].loc.detach(), of_label, atol=1e-4, rtol=1e-4)
+    # with a sixth of the labels unknown, each component still starts at its own label
+    codes = torch.where(torch.arange(len(cells)) % 6 == 0, -1, cells.label)
+    some = cells._copy(codes=cells.codes | {"cell_type": codes})
+    partly = fit.program.replace(prior=MixturePrior(6, labels=True))
+    partly.start(some)
+    near = torch.cdist(partly.parts["prior"].loc.detach()[:4], of_label).argmin(1)
+    assert near.tolist() == [0, 1, 2, 3]
+    assert (partly.parts["prior"].loc[4:].detach().abs().sum(1) > 0).all()
 
 
 def test_vamp_is_the_average_of_the_guides_posteriors_at_its_pseudo_cells(data):
@@ -216,6 +224,23 @@ def test_a_flow_can_be_fitted_after_the_rest_and_leaves_the_decoder(fitted, kind
     result.program.copy()  # a trained flow remembers a graph, which a copy must forget
 
 
+def test_frozen_norms_keep_their_statistics(data):
+    """What is frozen stays: running means, and no dropout, while a new prior is fitted."""
+    made = pyrosc.scvi(
+        data, n_latent=2, n_hidden=8, encoder=Encoder(2, 8, norm="batch"), decoder=pyrosc.Decoder(2, 8, norm="batch")
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PyroscWarning)
+        first = pyrosc.fit(made, data, epochs=2, progress=False).program
+        for p in first.parameters():
+            p.requires_grad_(False)
+        second = pyrosc.fit(first.replace(prior=FlowPrior(2)), data, epochs=2, progress=False).program
+
+    for name, value in first.state_dict().items():
+        if "prior" not in name:
+            assert torch.equal(value, second.state_dict()[name]), name
+
+
 @pytest.mark.parametrize(
     "make, says",
     [
@@ -225,6 +250,10 @@ def test_a_flow_can_be_fitted_after_the_rest_and_leaves_the_decoder(fitted, kind
         (lambda c: MixturePrior(locs=[[0.0, 0.0]], scales=[[1.0, -1.0]]), "scales must be positive"),
         (lambda c: program(c, MixturePrior(locs=[[0.0] * 3], scales=[[1.0] * 3])), "3 columns, z has n_latent=2"),
         (lambda c: program(c, MixturePrior(2, labels=True)), "k=2 components for 3 labels"),
+        (
+            lambda c: program(c, Prior(dist.Normal, torch.zeros(7), torch.ones(7))),
+            r"shape \(7,\), the networks take n_latent=2",
+        ),
         (lambda c: FlowPrior(kind="planar"), 'kind must be "affine" or "spline"'),
         (lambda c: FlowPrior(0), "n_layers must be a whole number"),
         (lambda c: program(c, FlowPrior(), n_latent=1), "at least two"),

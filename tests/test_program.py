@@ -4,6 +4,7 @@ import ast
 import inspect
 import re
 import threading
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -358,7 +359,11 @@ def test_a_site_of_the_wrong_width_is_named(cells):  # row 70 of the faults
 def test_a_forgotten_plate_is_named(cells):
     def model(cells, *, likelihood):
         total = pyro.sample("library", dist.Gamma(2.0, 0.01).expand([len(cells), 1]).to_event(1))
-        pyro.sample("x", likelihood((total / 30).expand(-1, 30)), obs=cells.x)
+        with cells.plate():
+            pyro.sample("x", likelihood((total / 30).expand(-1, 30)), obs=cells.x)
+
+    def nowhere(cells, *, likelihood):
+        pyro.sample("x", likelihood(cells.library.expand(-1, 30) / 30), obs=cells.x)
 
     def guide(cells):
         pyro.sample("library", dist.LogNormal(torch.zeros(len(cells), 1), 1.0).to_event(1))
@@ -367,6 +372,8 @@ def test_a_forgotten_plate_is_named(cells):
         simple(cells, model, guide).check(cells)
     with pytest.raises(ProgramError, match=r'the model draws "library" for each cell, but outside.*cells\.plate'):
         simple(cells, model).check(cells)
+    with pytest.raises(ProgramError, match="draws nothing in the plate of cells"):
+        Program(nowhere, cells, likelihood=PoissonLikelihood())
 
 
 def test_pyro_param_and_a_forgotten_obs_are_named(cells):
@@ -521,6 +528,93 @@ def test_generate_draws_from_the_prior_and_pins_what_is_fixed(cells):
     mean = program.generate(5000, seed=2)["x"].sum(-1).mean()
     # totals of made-up cells follow the schema: 5 standard errors of their mean
     assert abs(float(mean) - float(cells.library.mean())) < 5 * float(cells.library.std()) / 5000**0.5 + 1.0
+
+
+def test_wrong_values_to_pin_are_explained(cells):
+    program = tiny(cells)
+
+    drawn = program.generate(cells, fixed={"z": torch.zeros(120, 3).numpy()})
+    assert torch.equal(drawn["z"], torch.zeros(120, 3))
+    for arguments, says in (
+        (dict(cells=0), "at least 1, not 0"),
+        (dict(cells="many"), "a number of cells"),
+        (dict(cells=cells, fixed={"zz": torch.zeros(1)}), 'names "zz", not a site of scvi.*Did you mean "z"'),
+        (
+            dict(cells=cells, fixed={"z": torch.zeros(120, 4)}),
+            r'fixed\["z"\] has shape \(120, 4\), the site \(120, 3\)',
+        ),
+    ):
+        with pytest.raises(ValueError, match=says):
+            program.generate(**arguments)
+
+
+def test_a_program_in_double_precision_goes_on_in_it(cells):
+    program = tiny(cells, library=pyrosc.LatentLibrary()).double()
+    other = program.replace(
+        prior=pyrosc.VampPrior(3), dispersion=pyrosc.GeneDispersion(Prior(dist.LogNormal, 0.0, 1.0))
+    )
+
+    assert {p.dtype for p in other.parameters()} == {torch.float64}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pyrosc.PyroscWarning)
+        fit = pyrosc.fit(other, cells, epochs=2, progress=False)
+    assert {p.dtype for p in fit.program.parameters()} == {torch.float64}
+    assert other.describe()
+    assert other.generate(5)["x"].shape == (5, 30)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (dict(library=Prior(dist.LogNormal, 7.0, 1.0)), r"for a prior on it, library=LatentLibrary\(7.0, 1.0\)"),
+        (dict(dispersion=Prior(dist.LogNormal, 1.0, 1.0)), r"dispersion=GeneDispersion\(prior=Prior"),
+        (dict(prior=Prior(dist.Normal, 0.0, 1.0, size=7)), r"shape \(7,\), the networks take n_latent=3"),
+    ],
+)
+def test_common_slips_get_a_hint(cells, change, says):
+    with pytest.raises(ProgramError, match=says):
+        tiny(cells, **change)
+
+
+def test_parts_that_were_made_wrongly_are_explained(cells):
+    class Unmade(nn.Module):
+        def __init__(self):
+            pass
+
+    class NoCells(Part):
+        def forward(self):
+            return dist.Normal(0.0, 1.0).expand([3]).to_event(1)
+
+    with pytest.raises(ProgramError, match=r"does not call super\(\).__init__\(\)"):
+        tiny(cells, likelihood=Unmade())
+    with pytest.raises(ProgramError, match=r'"def forward\(self, cells=None\)"'):
+        tiny(cells, prior=NoCells())
+    with pytest.raises(ValueError, match="argument m of a part is an array.*register_buffer"):
+        Part(m=torch.zeros(4))
+
+
+def test_no_dispersion_can_be_said_as_none_later_too(cells):
+    poisson = tiny(cells).replace(likelihood=PoissonLikelihood(), dispersion=None)
+
+    assert isinstance(poisson.parts["dispersion"], pyrosc.NoDispersion)
+
+
+def test_a_story_that_reads_samples_wants_known_ones(cells, adata):
+    def model(cells):
+        effect = pyro.sample("effect", dist.Normal(0.0, 1.0).expand([2, 30]).to_event(2))
+        with cells.plate():
+            rho = pyro.deterministic("rho", effect[cells.sample].softmax(-1), event_dim=1)
+            pyro.sample("x", dist.Poisson(cells.library * rho).to_event(1), obs=cells.x)
+
+    with pytest.raises(ProgramError, match=r"no sample column: Cells.from_anndata\(adata, sample="):
+        Program(model, cells)
+    of_donors = Cells.from_anndata(adata, sample="donor")
+    fit = pyrosc.fit(Program(model, of_donors), of_donors, epochs=1, progress=False)
+    assert fit.expression(of_donors[:3], n_draws=2).attrs["uncertainty"] == "z and global sites"
+    new = adata[:5].copy()
+    new.obs["donor"] = "d9"
+    with pytest.raises(ValueError, match="5 of these cells are of a sample that training did not have"):
+        fit.expression(new)
 
 
 def test_the_schema_alone_builds_a_program(cells):

@@ -117,6 +117,47 @@ def test_a_part_of_ones_own_is_handed_back_by_name(cells, tmp_path):
         pyrosc.load(tmp_path / "a.safetensors", likelihood=Doubled(), liklihood=Doubled())
 
 
+class Own(dist.Normal):
+    pass
+
+
+class Wide(Part):
+    def __init__(self, scale=1.0):
+        super().__init__(scale=scale)
+
+    def forward(self, cells=None):
+        return dist.Normal(0.0, self.arguments["scale"]).expand([3]).to_event(1)
+
+
+def test_own_parts_are_compared_by_arguments_and_source(cells, tmp_path):
+    path = tmp_path / "a.safetensors"
+    quick(pyrosc.scvi(cells, n_latent=3, n_hidden=8, prior=Prior(Own, 0.0, 1.0)), cells).save(path)
+    with pytest.raises(ValueError, match=r"own, Prior\(Own, ...\).*prior=Prior\(Own, ...\)"):
+        pyrosc.load(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PyroscWarning)
+        pyrosc.load(path, prior=Prior(Own, 0.0, 1.0))
+    quick(pyrosc.scvi(cells, n_latent=3, n_hidden=8, prior=Wide(2.0)), cells).save(path, overwrite=True)
+    with pytest.raises(ValueError, match="scale is 20.0 as handed in, and was 2.0"):
+        pyrosc.load(path, prior=Wide(20.0))
+    with pytest.raises(ValueError, match="must be made, prior=Wide"):
+        pyrosc.load(path, prior=Wide)
+    dispersion = pyrosc.GeneDispersion(prior=Prior(Own, 3.0, 0.001))
+    quick(pyrosc.scvi(cells, n_latent=3, n_hidden=8, dispersion=dispersion), cells).save(path, overwrite=True)
+    with pytest.raises(ValueError, match=r"dispersion=GeneDispersion\(Prior\(Own, ...\)\)"):
+        pyrosc.load(path)
+    pyrosc.load(path, dispersion=pyrosc.GeneDispersion(prior=Prior(Own, 3.0, 0.001)))
+
+
+def test_an_open_prior_stays_open(cells, tmp_path):
+    fit = quick(pyrosc.scvi(cells, n_latent=4, n_hidden=8), cells)
+    fit.save(tmp_path / "a.safetensors")
+    again = pyrosc.load(tmp_path / "a.safetensors").program
+
+    with pytest.raises(pyrosc.ProgramError, match='"prior" was built for n_latent=4, which is now 3'):
+        again.replace(encoder=pyrosc.Encoder(3, 8), decoder=Decoder(3, 8))
+
+
 def own_model(cells, *, rate, likelihood):
     with cells.plate():
         z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))

@@ -31,6 +31,7 @@ from torch import Tensor
 from ..cells import Cells
 from ..draws import by_draws
 from ..errors import ProgramError
+from ..guides import law_of
 from ..posterior import Fit
 from ..schema import column_of, listed
 
@@ -58,6 +59,7 @@ def compare(
     ----------
     fits : by name, or a list (then named by their place)
     cells : test cells as measured, which no fit has seen
+        The very cells of a fit are refused; an overlap is not noticed.
     by : column of ``obs`` whose levels are the independent units (donors): differences are clustered by it
         None takes the sample column where there is one, else each cell for itself.
     score : "thinned" (fits trained on ``cells.thin(e)[0]``), or "importance", the importance-weighted
@@ -141,8 +143,8 @@ def thinned_log_likelihood(fit: Fit, cells: Cells | anndata.AnnData, n_draws: in
         if not hasattr(law, "rest_given"):
             raise ValueError(
                 f"the law of the counts, {type(law).__name__}, has no method rest_given(kept, fraction): what thinning "
-                'drops, given what it keeps. Write one, or compare with score="importance" fits of the same '
-                "likelihood and library."
+                "drops, given what it keeps. Write one; or, for fits of the same likelihood and library, fit them on "
+                "full counts and compare their log p(x)."
             )
         rows: Any = block._rows
         dropped: Any = rest.rows(rows.cpu(), whole=True).to(fit.device).x
@@ -181,27 +183,32 @@ def _named(fits: Mapping[str, Fit] | Sequence[Fit]) -> dict[str, Fit]:
     return named
 
 
-def _kinds(fit: Fit) -> tuple[Any, ...]:
+def _kind(fit: Fit) -> tuple[str, str]:
     """What makes densities of two fits comparable: the law of the counts, and whether the total is taken as known."""
-    parts = fit.program.parts
-    return tuple(type(parts[name]).__name__ if name in parts else None for name in ("likelihood", "library"))
+    program = fit.program
+    with program.driven(0), torch.no_grad():
+        nodes: dict[str, Any] = poutine.trace(program.model).get_trace(program.blank(3)).nodes
+    law = law_of(nodes["x"]["fn"]) if "x" in nodes else "no counts"
+    if "library" not in nodes:  # it may or may not read the total: comparable within this story only
+        return law, f"library as in {program.story}"
+    return law, "known library" if nodes["library"]["is_observed"] else "latent library"
 
 
 def _score(named: dict[str, Fit], score: str | None) -> str:
     if score is not None and score not in SCORES:
         raise ValueError(f'score must be "thinned", "importance" or None, not {score!r}')
-    kept = {name: fit.settings.get("kept", 1.0) for name, fit in named.items()}
+    kept = {name: round(fit.settings.get("kept", 1.0), 9) for name, fit in named.items()}
     if len(set(kept.values())) > 1:
         shares = ", ".join(f"{n}: {k:g}" for n, k in kept.items())
         raise ValueError(f"the fits were trained on cells thinned to different shares ({shares}). {_RETRAIN}")
     is_thinned = next(iter(kept.values())) < 1
-    kinds = {name: _kinds(fit) for name, fit in named.items()}
+    kinds = {name: _kind(fit) for name, fit in named.items()}
     if score is None:
         score = "thinned" if is_thinned else "importance"
     if score == "thinned" and not is_thinned:
         raise ValueError(f"these fits were trained on full counts. {_RETRAIN}")
     if score == "importance" and len(set(kinds.values())) > 1:
-        found = "; ".join(f'"{n}": {", ".join(str(k) for k in kind)}' for n, kind in kinds.items())
+        found = "; ".join(f'"{n}": {", ".join(kind)}' for n, kind in kinds.items())
         raise ValueError(f"log p(x) of other likelihoods or libraries cannot be compared ({found}). {_RETRAIN}")
     if score == "importance" and is_thinned:
         raise ValueError(
@@ -213,6 +220,8 @@ def _score(named: dict[str, Fit], score: str | None) -> str:
 def _units(cells: Cells, by: str | None, fit: Fit) -> tuple[np.ndarray, str]:
     if by is None:
         if fit.schema.sample is None or not bool((cells.sample >= 0).all()):
+            if len(cells) < 2:
+                raise ValueError("differences are judged over cells: give at least two")
             return np.arange(len(cells)), "cell"
         by = fit.schema.sample.column
     units = column_of(cells.obs, by, "by").astype(str).to_numpy()
@@ -222,7 +231,12 @@ def _units(cells: Cells, by: str | None, fit: Fit) -> tuple[np.ndarray, str]:
 
 
 def _unseen(named: dict[str, Fit], cells: Cells) -> None:
-    names = cells.fingerprint()["names"]
-    seen = [n for n, fit in named.items() if (fit.settings.get("fingerprint") or {}).get("names") == names]
+    now = cells.fingerprint()
+    seen = []
+    for name, fit in named.items():
+        then = fit.settings.get("fingerprint") or {}
+        same_counts = fit.settings.get("kept", 1.0) < 1 or then.get("counts") == now["counts"]
+        if then.get("names") == now["names"] and same_counts:
+            seen.append(name)
     if seen:
         raise ValueError(f"these are the cells that {listed(seen)} was fitted to: pass cells that were held out")

@@ -22,7 +22,7 @@ import pyro.distributions as dist
 from torch import nn
 
 from ..cells import Cells
-from ..dispersions import GeneDispersion, NoDispersion
+from ..dispersions import GeneDispersion
 from ..libraries import GivenLibrary, ObservedLibrary
 from ..likelihoods import NBLikelihood
 from ..networks import Decoder, Encoder
@@ -111,8 +111,6 @@ def scvi(
     Prior(Laplace, 0, 1, size=2)
     """
     require_cells(cells)
-    if "dispersion" in parts and parts["dispersion"] is None:
-        parts["dispersion"] = NoDispersion()
     encoder = parts.get("encoder")
     n_latent = getattr(encoder, "sizes", {}).get("n_latent", n_latent) if encoder is not None else n_latent
     defaults: dict[str, Any] = dict(
