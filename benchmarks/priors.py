@@ -10,7 +10,8 @@ cell, 50 draws. Active units: latents whose posterior mean varies over test cell
 batches among the 30 nearest test cells in latent space, over that of the batches at hand (1 is perfect).
 
 Differences between likelihoods, libraries and priors are paired over cells and seeds; on Kang clustered by donor
-(a donor's cells of all seeds are one unit), on SIM-A by seed.
+(a donor's cells of all seeds are one unit), on SIM-A by seed. SIM-A is one simulated data set: its intervals are about
+splits and starting weights.
 """
 
 from __future__ import annotations

@@ -251,7 +251,7 @@ def _surveyed(name: str, sites: list[Any]) -> Latent:
     if in_cells:  # all cells are alike to the prior: (draws, batch, cells, event) to (draws x cells, batch, event)
         free = free.movedim(len(fn.batch_shape), 1).flatten(0, 1)
     free = free.nan_to_num(0.0, 0.0, 0.0)
-    low, centre, high = free.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=free.dtype), 0)
+    low, centre, high = free.quantile(free.new_tensor([0.25, 0.5, 0.75]), 0)
     return Latent(
         name, law, in_cells, tuple((f.name, f.size, f.dim) for f in frames),
         tuple(fn.batch_shape[:-1] if in_cells else fn.batch_shape), tuple(fn.event_shape), support,
@@ -431,6 +431,7 @@ class Completion(nn.Module):
             if own is None:
                 own = Encoder(None)
                 own.build(schema, {}, {})
+                own.to(blank.library)
         else:
             own = None
         self.encoder, encoder = own, own if own is not None else given

@@ -407,7 +407,7 @@ class Fit:
                 f"this fit ended at KL weight {self.settings['kl_weight']:.2f}, before its warm-up was over: "
                 "its posterior is too narrow. Fit with more epochs, or a smaller warmup"
             )
-        return cells.to(self.device)
+        return cells.to(self.device, self.program.dtype)
 
     def _warn(self, text: str) -> None:
         warnings.warn(text, PyroscWarning, stacklevel=4)

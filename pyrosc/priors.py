@@ -6,7 +6,7 @@ with ``event_dim`` 1. One of your own is a class of a few lines:
 
     class Sparse(Part):
         def forward(self, cells=None):
-            return dist.Laplace(0.0, 0.5).expand([10]).to_event(1)
+            return dist.Laplace(0.0, 0.5).expand([10]).to_event(1)  # for n_latent=10
 """
 
 from __future__ import annotations

@@ -365,6 +365,8 @@ def _fill(program: Program, tensors: dict[str, Tensor], frozen: list[str], path:
     own = program.state_dict()
     for name in sorted(own.keys() | tensors.keys()):
         _compare(name, own.get(name), tensors.get(name), path)
+    weights = [name for name, _ in program.named_parameters()]
+    program.to(tensors[weights[0]].dtype if weights else torch.get_default_dtype())
     program.load_state_dict(tensors)
     program.set_started()
     for name, parameter in program.named_parameters():

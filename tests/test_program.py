@@ -548,7 +548,7 @@ def test_wrong_values_to_pin_are_explained(cells):
             program.generate(**arguments)
 
 
-def test_a_program_in_double_precision_goes_on_in_it(cells):
+def test_a_program_in_double_precision_goes_on_in_it(cells, tmp_path):
     program = tiny(cells, library=pyrosc.LatentLibrary()).double()
     other = program.replace(
         prior=pyrosc.VampPrior(3), dispersion=pyrosc.GeneDispersion(Prior(dist.LogNormal, 0.0, 1.0))
@@ -561,6 +561,10 @@ def test_a_program_in_double_precision_goes_on_in_it(cells):
     assert {p.dtype for p in fit.program.parameters()} == {torch.float64}
     assert other.describe()
     assert other.generate(5)["x"].shape == (5, 30)
+    assert fit.elbo(cells).dtype == fit.latent(cells).dtype == "float64"
+    fit.save(tmp_path / "a.safetensors")
+    again = pyrosc.load(tmp_path / "a.safetensors")
+    assert (again.elbo(cells[:5]) == fit.elbo(cells[:5])).all()
 
 
 @pytest.mark.parametrize(

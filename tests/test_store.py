@@ -75,6 +75,11 @@ def test_a_fit_comes_back_whole(fit, cells, tmp_path):
         dict(prior=Prior(dist.Normal, torch.linspace(-1, 1, 3), torch.ones(3))),
         dict(decoder=Decoder(3, 9, 2, dropout=0.2, covariates=False)),
         dict(encoder=pyrosc.Encoder(3, 7, 2, covariates=True)),
+        dict(prior=pyrosc.VampPrior(3)),
+        dict(prior=pyrosc.VampPrior(3), encoder=pyrosc.Encoder(3, 7, covariates="norm")),
+        dict(prior=pyrosc.FlowPrior(2, "spline"), library=pyrosc.LatentLibrary()),
+        dict(prior=pyrosc.MixturePrior(locs=np.zeros((2, 3)), scales=np.ones((2, 3)), learned=False)),
+        dict(dispersion=pyrosc.BatchDispersion(pyrosc.TrendPrior()), decoder=pyrosc.LinearDecoder(3)),
     ],
     ids=lambda p: "+".join(p),
 )

@@ -131,8 +131,7 @@ for name, shares in (
 # > with soup: off by 61 in 10,000 counts
 
 # %% [markdown]
-# The new story has every verb its sites allow: `expression` reads `rho`, `latent` reads `z`, `draws` any site,
-# `compare` says which of the two predicts better.
+# The new story has every verb its sites allow: `expression` reads `rho`, `latent` reads `z`, `draws` any site.
 #
 # ## Change a belief
 #
