@@ -1,7 +1,7 @@
 """fit: stochastic variational inference of any Program, in nats per cell.
 
 The objective is Pyro's ``TraceMeanField_ELBO`` divided by the number of cells, the optimiser
-Pyro's ``ClippedAdam`` used as a torch optimiser. Warm-up of the KL terms is a messenger
+Pyro's ``ClippedAdam`` used as a torch optimiser, in its fused form (`optim`). Warm-up of the KL terms is a messenger
 around model and guide and always ends at weight 1; early stopping looks only at epochs
 at weight 1.
 """
@@ -27,7 +27,6 @@ import pandas as pd
 import pyro
 import torch
 from pyro.infer import TraceMeanField_ELBO
-from pyro.optim.clipped_adam import ClippedAdam
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -38,6 +37,7 @@ from .errors import FitError, PyroscWarning
 from .guides import is_computed
 from .isolation import checked_seed
 from .loading import blocks, minibatches, n_batches_of
+from .optim import FusedClippedAdam
 from .posterior import Fit
 from .program import Program
 from .schema import did_you_mean
@@ -357,7 +357,7 @@ class _Run:
         ]
         for p in parameters:
             groups[2 if id(p) in shared else 0 if id(p) in linear else 1]["params"].append(p)
-        optimizer = ClippedAdam([g for g in groups if g["params"]], lr=given["lr"], clip_norm=given["clip_norm"])
+        optimizer = FusedClippedAdam([g for g in groups if g["params"]], lr=given["lr"], clip_norm=given["clip_norm"])
         order = torch.Generator().manual_seed(given["seed"])
         estimate = self.settings["estimate"]
         text = f"fit (about {estimate['seconds']:.0f} s, {estimate['memory_gb']:.2f} GB)"
@@ -391,7 +391,7 @@ class _Run:
     def _epoch(
         self,
         epoch: int,
-        optimizer: ClippedAdam,
+        optimizer: FusedClippedAdam,
         parameters: Sequence[Tensor],
         order: torch.Generator,
         interrupted: threading.Event,

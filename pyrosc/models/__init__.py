@@ -5,17 +5,18 @@ Stories
 scvi    each cell has a low-dimensional state, decoded to shares of genes; counts scatter around share times total.
         For most count data with batches. Parts: prior, library, dispersion, decoder, likelihood, encoder.
 
-A story of your own is a function, ``Program(model, cells, ...)``; every part below fits it (tutorials/03_write_a_story.py):
+A story of your own is a function, ``Program(model, cells, ...)``; every part below fits it
+(tutorials/03_write_a_story.py):
 
-- What is one for all cells is drawn before the plate, what each cell has inside ``with cells.plate():``, the numbers of
-  one cell as one event (``.to_event(1)``). A global drawn inside the plate is silently one for each cell.
-- Effects of a column are indexed, ``effect[cells.batch]``, ``effect[cells.sample]``. A new sample has no effect to index:
-  verbs then say so.
-- What is computed gets a name by ``pyro.deterministic("rho", rho, event_dim=1)``; the site rho is what `expression` reads.
+- What is one for all cells is drawn before the plate, what each cell has inside ``with cells.plate():``, the
+  numbers of one cell as one event (``.to_event(1)``). A global drawn inside the plate is silently one for each cell.
+- Effects of a column are indexed, ``effect[cells.batch]``, ``effect[cells.sample]``. A new sample has no effect to
+  index: verbs then say so.
+- What is computed gets a name by ``pyro.deterministic("rho", rho, event_dim=1)``; `expression` reads the site rho.
 - Counts are observed, ``obs=cells.x``, and not read otherwise; the observed total is ``cells.library``.
-- A discrete site of each cell with few values is summed out exactly: ``infer={"enumerate": "parallel"}``. It comes with a
-  dimension in front, so index tables with it, ``profile[kind]``. Start such tables apart from each other, or all values
-  may end as one.
+- A discrete site of each cell with few values is summed out exactly: ``infer={"enumerate": "parallel"}``. It comes
+  with a dimension in front, so index tables with it, ``profile[kind]``. Start such tables apart from each other, or
+  all values may end as one.
 - Sites that the guide leaves out are guided by the Program; `describe` shows how, `draws` asks any of them.
 - A likelihood of your own is a part that answers a distribution with ``event_dim`` 1. For `check.compare` across
   likelihoods its base distribution needs ``rest_given(kept, fraction)``, as those in ``pyrosc.distributions`` have.
