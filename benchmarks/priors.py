@@ -11,7 +11,7 @@ batches among the 30 nearest test cells in latent space, over that of the batche
 
 Differences between likelihoods, libraries and priors are paired over cells and seeds; on Kang clustered by donor
 (a donor's cells of all seeds are one unit), on SIM-A by seed. SIM-A is one simulated data set: its intervals are about
-splits and starting weights.
+splits and starting weights. ``--epochs`` fits longer than the default, into a table of its own.
 """
 
 from __future__ import annotations
@@ -61,7 +61,14 @@ def mixing(z: np.ndarray, batch: np.ndarray, n_neighbors: int = 30) -> float:
 
 
 def run(
-    cells: pyrosc.Cells, batch: str, unit: str | None, seed: int, prior: str, likelihood: str, library: str
+    cells: pyrosc.Cells,
+    batch: str,
+    unit: str | None,
+    seed: int,
+    prior: str,
+    likelihood: str,
+    library: str,
+    epochs: int | None,
 ) -> dict[str, Any]:
     train, test = cells.split(0.8, 0.2, seed=seed)
     kept, _ = train.thin(0.5, seed=seed)
@@ -71,14 +78,15 @@ def run(
     if likelihood == "Poisson":
         parts["dispersion"] = None
     began = time.perf_counter()
-    fit = pyrosc.fit(pyrosc.scvi(kept, seed=seed, **parts), kept, seed=seed, progress=False)
+    fit = pyrosc.fit(pyrosc.scvi(kept, seed=seed, **parts), kept, seed=seed, epochs=epochs, progress=False)
     seconds = time.perf_counter() - began
     score = thinned_log_likelihood(fit, test, 50, seed=seed)
     z = fit.latent(test.thin(0.5, seed=seed)[0])
     return {
         "seed": seed, "prior": prior, "likelihood": likelihood, "library": library,
         "score": score.tolist(), "units": [str(v) for v in test.obs[unit]] if unit else [str(seed)] * len(test),
-        "active": int((z.var(0) > 0.01).sum()), "mixing": mixing(z, test.obs[batch].to_numpy()), "seconds": seconds,
+        "epochs": len(fit.history), "active": int((z.var(0) > 0.01).sum()),
+        "mixing": mixing(z, test.obs[batch].to_numpy()), "seconds": seconds,
     }  # fmt: skip
 
 
@@ -114,6 +122,8 @@ def table(rows: list[dict[str, Any]], title: str) -> str:
     lines += ["", "| difference, nats a cell | mean | se | 95 % interval |", "|---|---|---|---|"]
 
     def line(name: str, one: dict[str, str], other: dict[str, str]) -> None:
+        if not all(any(all(r[k] == v for k, v in side.items()) for r in rows) for side in (one, other)):
+            return
         mean, se, lower, upper = difference(rows, one, other)
         lines.append(f"| {name} | {mean:+.2f} | {se:.2f} | {lower:+.2f} to {upper:+.2f} |")
 
@@ -137,6 +147,10 @@ def main() -> None:
     parser.add_argument("--out", default="benchmarks/results")
     parser.add_argument("--sets", nargs="+", default=["kang", "sim"], choices=["kang", "sim"])
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--epochs", type=int, default=None, help="at most so many, instead of fit's default")
+    parser.add_argument("--priors", nargs="+", default=list(PRIORS), choices=list(PRIORS))
+    parser.add_argument("--likelihoods", nargs="+", default=list(LIKELIHOODS), choices=list(LIKELIHOODS))
+    parser.add_argument("--libraries", nargs="+", default=list(LIBRARIES), choices=list(LIBRARIES))
     parser.add_argument("--table", action="store_true", help="only write the table of the runs that are there")
     options = parser.parse_args()
     warnings.simplefilter("ignore", pyrosc.PyroscWarning)
@@ -145,7 +159,8 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     texts = []
     for name in options.sets:
-        file = out / f"priors_{name}.json"
+        suffix = "" if options.epochs is None else f"_{options.epochs}"
+        file = out / f"priors_{name}{suffix}.json"
         rows = json.loads(file.read_text())["runs"] if file.exists() else []
         done = {(r["seed"], r["prior"], r["likelihood"], r["library"]) for r in rows}
         if not options.table:
@@ -154,12 +169,12 @@ def main() -> None:
             else:
                 cells, batch, unit = pyrosc.Cells.from_anndata(pyrosc.simulate.tissue(), batch="batch"), "batch", None
             for seed in options.seeds:
-                for library in LIBRARIES:
-                    for likelihood in LIKELIHOODS:
-                        for prior in PRIORS:
+                for library in options.libraries:
+                    for likelihood in options.likelihoods:
+                        for prior in options.priors:
                             if (seed, prior, likelihood, library) in done:
                                 continue
-                            rows.append(run(cells, batch, unit, seed, prior, likelihood, library))
+                            rows.append(run(cells, batch, unit, seed, prior, likelihood, library, options.epochs))
                             rows[-1]["score"] = [round(v, 4) for v in rows[-1]["score"]]
                             last = {k: v for k, v in rows[-1].items() if k not in ("score", "units")}
                             print(last | {"score": float(np.mean(rows[-1]["score"]))}, flush=True)
@@ -169,7 +184,7 @@ def main() -> None:
         texts.append(table(rows, {"kang": "Kang PBMC", "sim": "SIM-A"}[name]))
     if options.table:
         text = "# Priors, likelihoods and libraries\n\nMade by `benchmarks/priors.py`, which says how to read it.\n\n"
-        (out / "priors.md").write_text(text + "\n\n".join(texts) + "\n")
+        (out / f"priors{suffix}.md").write_text(text + "\n\n".join(texts) + "\n")
     print("\n\n".join(texts))
 
 
