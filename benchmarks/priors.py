@@ -175,7 +175,7 @@ def main() -> None:
                             if (seed, prior, likelihood, library) in done:
                                 continue
                             rows.append(run(cells, batch, unit, seed, prior, likelihood, library, options.epochs))
-                            rows[-1]["score"] = [round(v, 4) for v in rows[-1]["score"]]
+                            rows[-1]["score"] = [round(v, 2) for v in rows[-1]["score"]]
                             last = {k: v for k, v in rows[-1].items() if k not in ("score", "units")}
                             print(last | {"score": float(np.mean(rows[-1]["score"]))}, flush=True)
                             machine = f"{platform.processor() or platform.machine()}, one thread"
