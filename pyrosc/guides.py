@@ -114,7 +114,7 @@ def plate_depth(*traces: poutine.Trace) -> int:
     return max(dims, default=1)
 
 
-def _plain(support: Any) -> Any:
+def plain_support(support: Any) -> Any:
     """A support without its event dimensions."""
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
@@ -131,7 +131,7 @@ def _support(fn: Any) -> Any:
 
 def _bounds(support: Any) -> list[Any]:
     """Lower and upper bound, where a support has them; numbers or tensors."""
-    inner = _plain(support)
+    inner = plain_support(support)
     return [getattr(inner, name) for name in ("lower_bound", "upper_bound") if hasattr(inner, name)]
 
 
@@ -156,7 +156,7 @@ def _settled(support: Any, n_cells: int | None) -> Any:
 
 def _rebuilt(support: Any, bounds: list[Any]) -> Any:
     """A support with other bounds."""
-    inner = _plain(support)
+    inner = plain_support(support)
     if not bounds or inner in (constraints.positive, constraints.nonnegative, constraints.unit_interval):
         return support
     made: Any = type(inner)(*bounds)
@@ -261,7 +261,7 @@ def _surveyed(name: str, sites: list[Any]) -> Latent:
 
 def family(loc: Tensor, scale: Tensor, support: Any) -> Any:
     """A normal over the reals mapped to a support, with the support's event dimensions."""
-    plain, event_dim = _plain(support), support.event_dim
+    plain, event_dim = plain_support(support), support.event_dim
     if any(isinstance(b, Tensor) for b in _bounds(support)):
         support = _rebuilt(support, [b.to(loc) for b in _bounds(support)])
     if plain is constraints.real:
@@ -288,7 +288,7 @@ class GlobalGuide(nn.Module):
 
     def start(self, cells: Cells) -> None:
         """Set location and scale from moments, where the site's name says what it is."""
-        name, shape, plain = self.site.name, self.site.event_shape, _plain(self.site.support)
+        name, shape, plain = self.site.name, self.site.event_shape, plain_support(self.site.support)
         positive = plain in (constraints.positive, constraints.nonnegative)
         if self.site.batch_shape or shape[-1:] != (cells.n_genes,):
             return
@@ -375,7 +375,7 @@ class LocalGuide(nn.Module):
 
 
 def _is_positive(support: Any) -> bool:
-    return _plain(support) in (constraints.positive, constraints.nonnegative)
+    return plain_support(support) in (constraints.positive, constraints.nonnegative)
 
 
 def _plates(site: Latent) -> ExitStack:

@@ -109,6 +109,14 @@ def one_profile(cells, **parts):
     return Program(one_profile_model, cells, **(defaults | parts))
 
 
+def test_a_hint_is_given_only_where_it_fits(cells):
+    """A prior is the right library of this story: an error elsewhere must not say otherwise."""
+    with pytest.raises(ProgramError) as caught:
+        one_profile(cells, profile=Prior(dist.Dirichlet, torch.ones(31))).check(cells)
+    assert "LatentLibrary" not in str(caught.value)
+    assert "31" in str(caught.value)
+
+
 @pytest.fixture(scope="module")
 def profile_fit():
     draw = np.random.default_rng(4)
