@@ -33,12 +33,14 @@ class Nonzeros(NamedTuple):
     index : (m,) int64, ascending positions in the flattened block
     gene : (m,) int64, column of each
     count : (m,) floating, the counts, > 0
+    ends : (n,) int64, where each row of the block ends in these, for n rows of G
     mask : (G,) bool or None, genes that were measured; the others say nothing
     """
 
     index: Tensor  # type: ignore[assignment]
     gene: Tensor
     count: Tensor  # type: ignore[assignment]
+    ends: Tensor
     mask: Tensor | None = None
 
 
@@ -49,7 +51,9 @@ def nonzeros(x: Tensor) -> Nonzeros:
         return carried
     flat = x.reshape(-1)
     index = flat.nonzero().squeeze(-1)
-    return Nonzeros(index, index % x.shape[-1], flat[index])
+    n_genes = x.shape[-1]
+    ends = torch.searchsorted(index, torch.arange(1, flat.numel() // max(n_genes, 1) + 1, device=x.device) * n_genes)
+    return Nonzeros(index, index % n_genes, flat[index], ends)
 
 
 def carry(x: Tensor, found: Nonzeros) -> Tensor:
@@ -118,13 +122,13 @@ class CountMatrix:
 
     def dense(self, rows: Tensor, dtype: torch.dtype, mask: Tensor | None = None) -> Tensor:
         """Rows as a dense block (n, G) that carries its non-zero entries."""
-        at, row, _ = self._entries(rows)
+        at, row, length = self._entries(rows)
         gene = self.indices[at].long()
         index = row * self.n_genes + gene
         count = self.data[at].to(dtype)
         x = torch.zeros(len(rows), self.n_genes, dtype=dtype, device=self.data.device)
         x.view(-1)[index] = count
-        return carry(x, Nonzeros(index, gene, count, mask))
+        return carry(x, Nonzeros(index, gene, count, length.cumsum(0), mask))
 
     def pieces(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(row, gene, count) of every entry in order, some millions at a time, so that passes stay small."""

@@ -23,8 +23,9 @@ Within 1e-3 nats an entry of the exact value for dispersion 1e-3 to 1e8 and mean
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from functools import reduce
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -40,7 +41,26 @@ _POISSON = 1e30  # a larger dispersion changes nothing in float32 or float64, bu
 _MOST = 1e8  # rates are clamped here before a Poisson draw: larger ones are beyond float32's whole numbers
 
 
-def _at_counts(x: Tensor, mean: Tensor, dispersion: Tensor, slopes: bool) -> tuple[Tensor, ...]:
+# ---- the non-zero counts ----------------------------------------------------------------------
+
+_ROUGH = 8.0  # dispersion up to which log(1 + r), wrong by up to 6e-8, costs no 1e-3 nats over 2,000 genes
+_FEW = 16  # up to this count sums over k < x come from a table, one column a gene
+
+
+class _Entries(NamedTuple):
+    """Non-zero counts of a block: (m,) each, but ``exact`` of those in float64 (None for all of them).
+
+    rise : log p(x) - log p(0); log p(x) itself where exact
+    by_mean, by_dispersion : slopes of log p(x), None if they are not asked for
+    """
+
+    rise: Tensor
+    by_mean: Tensor | None
+    by_dispersion: Tensor | None
+    exact: Tensor | None
+
+
+def _in_full(x: Tensor, mean: Tensor, dispersion: Tensor, slopes: bool) -> tuple[Tensor, ...]:
     """log p(x) of the negative binomial, x > 0, all (m,); then its slopes in mean and dispersion.
 
     In float64: terms as large as x cancel, and these are few.
@@ -62,155 +82,254 @@ def _at_counts(x: Tensor, mean: Tensor, dispersion: Tensor, slopes: bool) -> tup
     return value.to(given), by_mean.to(given), (rising - near_zero - apart / both).to(given)
 
 
-# ---- the block: zeros in dense passes, the rest at the non-zero counts ------------------------
+class _Tables:
+    """What is the same for all rows, from one dispersion a gene (G,).
 
-_FEW = 16  # up to this count sums over k < x come from a table, one column a gene
-
-
-def _pick(block: Tensor, found: Nonzeros) -> Tensor:
-    """Numbers of a block (..., G), or of a vector (G,), at the non-zero counts."""
-    return block.index_select(0, found.gene) if block.dim() == 1 else block.reshape(-1).index_select(0, found.index)
-
-
-def _put(block: Tensor, found: Nonzeros, values: Tensor) -> Tensor:
-    """Write ``values`` at the non-zero counts; genes that were not measured say nothing."""
-    block.view(-1).index_copy_(0, found.index, values)
-    return block if found.mask is None else block.mul_(found.mask)
-
-
-def _tables(dispersion: Tensor) -> tuple[Tensor, Tensor]:
-    """For x = 0.._FEW and each gene, (x, G): log of Gamma(x + d) / (Gamma(d) d^x x!), and its slope in d."""
-    k = torch.arange(_FEW, dtype=dispersion.dtype, device=dispersion.device).unsqueeze(-1)
-    table = dispersion.new_zeros(_FEW + 1, len(dispersion))
-    torch.cumsum((k / dispersion).log1p_(), 0, out=table[1:])
-    table -= torch.lgamma(torch.arange(1, _FEW + 2, dtype=table.dtype, device=table.device)).unsqueeze(-1)
-    slope = torch.zeros_like(table)
-    torch.cumsum(-(k / dispersion) / (dispersion + k), 0, out=slope[1:])
-    return table.view(-1), slope.view(-1)
-
-
-class _Block:
-    """A negative binomial block (..., G): what its log density and slopes are made of.
-
-    log1p : (..., G), log1p(mean / dispersion); log p(0) is -dispersion times it
-    inverse : (..., G), 1 / (1 + mean / dispersion); the slope of log p(0) in the mean is minus it
-    value, by_mean, by_dispersion : (m,), log density and its slopes at the non-zero counts
+    value, slope : (x * G + gene,) for x = 0.._FEW, log of Gamma(x + d) / (Gamma(d) d^x x!), and its slope in d
+    precise : (p,) genes whose dense part is taken with log1p, and not with log; ``is_all`` if most are
     """
 
-    inverse: Tensor
-    value: Tensor
-    by_mean: Tensor
-    by_dispersion: Tensor
-
-    def __init__(self, mean: Tensor, dispersion: Tensor, found: Nonzeros, slopes: bool) -> None:
-        self.dispersion = dispersion
-        self.ratio = mean / dispersion
-        self.log1p = torch.log1p(self.ratio)
-        if slopes:
-            self.inverse = (self.ratio + 1.0).reciprocal_()
-        # Tables need one dispersion a gene; picking out large counts would make a GPU wait.
-        if dispersion.dim() == 1 and mean.device.type == "cpu":
-            self._from_tables(mean, found, slopes)
-            large = (found.count > _FEW).nonzero().squeeze(-1)
-            if len(large):
-                few = Nonzeros(*(t.index_select(0, large) for t in found[:3]))
-                value, *both = self._in_full(mean, few, slopes)
-                self.value.index_copy_(0, large, value)
-                if slopes:
-                    self.by_mean.index_copy_(0, large, both[0])
-                    self.by_dispersion.index_copy_(0, large, both[1])
-        else:
-            self.value, *both = self._in_full(mean, found, slopes)
-            if slopes:
-                self.by_mean, self.by_dispersion = both
-
-    def _in_full(self, mean: Tensor, found: Nonzeros, slopes: bool) -> tuple[Tensor, ...]:
-        return _at_counts(found.count, _pick(mean, found), _pick(self.dispersion, found), slopes)
-
-    def _from_tables(self, mean: Tensor, found: Nonzeros, slopes: bool) -> None:
-        """log p(x) = table[x] + x (log mean - log1p) - dispersion log1p: exact enough up to x = _FEW."""
-        table, slope = _tables(self.dispersion)
-        entry = found.count.clamp(max=_FEW).long().mul_(len(self.dispersion)).add_(found.gene)
-        mu, log1p = _pick(mean, found), _pick(self.log1p, found)
-        dispersion = _pick(self.dispersion, found)
-        self.value = table.index_select(0, entry)
-        self.value += found.count * (mu.log() - log1p)
-        self.value -= dispersion * log1p
-        if slopes:
-            inverse = _pick(self.inverse, found)
-            seen = found.count * inverse
-            self.by_mean = seen / mu - inverse
-            ratio = mu / dispersion
-            zero = _zero_slope(ratio, log1p, inverse, dispersion)
-            self.by_dispersion = slope.index_select(0, entry) + zero + seen * ratio / dispersion
-
-    def zero_slope(self) -> Tensor:
-        """(..., G) slope of log p(0) in the dispersion."""
-        return _zero_slope(self.ratio, self.log1p, self.inverse, self.dispersion)
+    def __init__(self, dispersion: Tensor) -> None:
+        k = torch.arange(_FEW, dtype=dispersion.dtype, device=dispersion.device).unsqueeze(-1)
+        share = k / dispersion
+        table = dispersion.new_zeros(_FEW + 1, len(dispersion))
+        torch.cumsum(share.log1p(), 0, out=table[1:])
+        table -= _log_factorials(dispersion)
+        slope = torch.zeros_like(table)
+        torch.cumsum(share.div_(dispersion + k).neg_(), 0, out=slope[1:])
+        self.value, self.slope = table.view(-1), slope.view(-1)
+        self.precise = (dispersion > _ROUGH).nonzero().squeeze(-1)
+        self.is_all = len(self.precise) > len(dispersion) // 3
+        self.one, self.inverse = dispersion.new_ones(()), dispersion.reciprocal()
 
 
-def _zero_slope(ratio: Tensor, log1p: Tensor, inverse: Tensor, dispersion: Tensor) -> Tensor:
-    """r / (1 + r) - log1p(r), r = mean / dispersion: the slope of log p(0) in the dispersion."""
-    slope = (ratio * inverse).sub_(log1p)
-    # Where r is small the difference cancels, to an error of 6e-8 dispersion (in sds of what a
-    # count says of log dispersion): nothing, but at a large dispersion.
-    if dispersion.dim() == 1 and dispersion.device.type == "cpu" and slope.dim() > 1:
-        genes = (dispersion > 1000).nonzero().squeeze(-1)
-        if len(genes):
-            slope[..., genes] = _small_ratio_slope(ratio[..., genes], slope[..., genes])
-        return slope
-    return _small_ratio_slope(ratio, slope)
+def _log_factorials(like: Tensor) -> Tensor:
+    """log x! for x = 0.._FEW, (x, 1)."""
+    return torch.arange(1, _FEW + 2, dtype=like.dtype, device=like.device).lgamma().unsqueeze(-1)
+
+
+def _entries(
+    mean: Tensor, dispersion: Tensor, found: Nonzeros, tables: _Tables | None, slopes: bool
+) -> _Entries:
+    """Log densities and slopes at the non-zero counts of a block (n, G)."""
+    mu, x = mean.view(-1).index_select(0, found.index), found.count
+    if dispersion.dim() == 1:
+        size = dispersion.index_select(0, found.gene)
+    else:
+        size = dispersion.view(-1).index_select(0, found.index)
+    if tables is None:
+        value, *both = _in_full(x, mu, size, slopes)
+        return _Entries(value, *(both or (None, None)), None)
+    entry = x.clamp(max=_FEW).long().mul_(len(dispersion)).add_(found.gene)
+    ratio = mu / size
+    log1p = ratio.log1p()
+    rise = torch.addcmul(tables.value.index_select(0, entry), x, mu.log().sub_(log1p))
+    by_mean = by_dispersion = None
+    if slopes:
+        inverse = (ratio + 1.0).reciprocal_()
+        seen = x * inverse
+        by_mean = seen / mu - inverse
+        by_dispersion = (ratio * inverse).sub_(log1p)
+        if len(tables.precise):
+            by_dispersion = _small_ratio_slope(ratio, by_dispersion)
+        by_dispersion += tables.slope.index_select(0, entry)
+        by_dispersion += seen.mul_(ratio).div_(size)
+    large = (x > _FEW).nonzero().squeeze(-1)
+    if len(large):
+        value, *both = _in_full(*(t.index_select(0, large) for t in (x, mu, size)), slopes)
+        rise.index_copy_(0, large, value)
+        if by_mean is not None and by_dispersion is not None:
+            by_mean.index_copy_(0, large, both[0])
+            by_dispersion.index_copy_(0, large, both[1])
+    return _Entries(rise, by_mean, by_dispersion, large)
 
 
 def _small_ratio_slope(ratio: Tensor, slope: Tensor) -> Tensor:
-    """-r^2/2 + 2 r^3/3 - 3 r^4/4 + ... where r is small, else ``slope``."""
+    """-r^2/2 + 2 r^3/3 - 3 r^4/4 + ... where r is small, else ``slope`` = r / (1 + r) - log1p(r)."""
     r = ratio.clamp(max=0.02)
     series = r * r * (-1 / 2 + r * (2 / 3 - r * (3 / 4 - r * (4 / 5 - r * 5 / 6))))
     return torch.where(ratio < 0.02, series, slope)
 
 
-def _rows(grad: Tensor, slope: Tensor, summed: bool) -> Tensor:
-    """Incoming gradient times slope; the gradient is one number a row where the row was summed."""
+# ---- blocks: zeros in dense passes, the rest at the non-zero counts ---------------------------
+
+_PASS = 2**18  # entries of a dense pass: a megabyte, which stays in the cache and is not asked of the system anew
+
+
+def _passes(found: Nonzeros, n_rows: int, n_genes: int, device: torch.device) -> Iterator[tuple[slice, Nonzeros]]:
+    """Blocks of rows small enough for one pass, and their non-zero counts."""
+    size = max(1, _PASS // max(n_genes, 1))
+    if n_rows <= size or device.type != "cpu":
+        yield slice(0, n_rows), found
+        return
+    starts = list(range(0, n_rows, size))
+    ends = [0, *found.ends[[min(s + size, n_rows) - 1 for s in starts]].tolist()]
+    for start, low, high in zip(starts, ends, ends[1:]):
+        rows = slice(start, min(start + size, n_rows))
+        yield rows, Nonzeros(
+            found.index[low:high] - start * n_genes, found.gene[low:high], found.count[low:high],
+            found.ends[rows] - low, found.mask,
+        )  # fmt: skip
+
+
+def _row_sums(values: Tensor, ends: Tensor) -> Tensor:
+    """(n,) sums of values (m,) over rows that end at ``ends``."""
+    sums = values.new_zeros(len(values) + 1, dtype=torch.float64)
+    torch.cumsum(values, 0, dtype=torch.float64, out=sums[1:])
+    return sums.index_select(0, ends).diff(prepend=sums[:1]).to(values.dtype)
+
+
+def _put(block: Tensor, found: Nonzeros, values: Tensor) -> Tensor:
+    """Write ``values`` at the non-zero counts; genes that were not measured say nothing."""
+    block.view(-1).index_copy_(0, found.index, values)
+    return block if found.mask is None else block.mul_(found.mask.to(block))
+
+
+def _measured(values: Tensor, found: Nonzeros) -> Tensor:
+    """Values at non-zero counts, zero for genes that were not measured."""
+    return values if found.mask is None else values * found.mask.index_select(0, found.gene)
+
+
+class _Pass:
+    """One dense pass over rows (n, G) of negative binomials, r = mean / dispersion.
+
+    log1p : log(1 + r); log p(0) is -dispersion times it
+    inverse : 1 / (1 + r); the slope of log p(0) in the mean is minus it
+    slope : log(1 + r) - r / (1 + r), minus the slope of log p(0) in the dispersion; takes the place of ``log1p``
+
+    ``room`` are two blocks to work in. Most genes get by with four passes: 1 + r, its log, its inverse, and
+    their sum less 1. Where the dispersion is large that cancels; those are done again with log1p.
+    """
+
+    def __init__(self, mean: Tensor, dispersion: Tensor, tables: _Tables | None, room: list[Tensor]) -> None:
+        self.mean, self.dispersion, self.tables = mean, dispersion, tables
+        self.inverse, self.log1p = room
+        if tables is None or tables.is_all:
+            self.ratio = mean / dispersion
+            torch.log1p(self.ratio, out=self.log1p)
+            return
+        torch.addcmul(tables.one, mean, tables.inverse, out=self.inverse)
+        torch.log(self.inverse, out=self.log1p)
+        if len(tables.precise):
+            self.ratio = mean.index_select(1, tables.precise) / dispersion.index_select(0, tables.precise)
+            self.few_log1p = self.ratio.log1p()
+            self.log1p.index_copy_(1, tables.precise, self.few_log1p)
+
+    def leave_out(self, found: Nonzeros, exact: Tensor | None) -> None:
+        """No log p(0) where log p(x) is given whole: the two may be large and nearly equal."""
+        index = found.index if exact is None else found.index.index_select(0, exact)
+        if len(index):
+            self.log1p.view(-1).index_fill_(0, index, 0.0)
+
+    def zeros(self, found: Nonzeros, summed: bool) -> Tensor:
+        """log p(0), (n, G), or (n,) summed over genes that were measured."""
+        if not summed:
+            return self.log1p * -self.dispersion
+        if self.dispersion.dim() == 1:
+            return (self.log1p @ _mask(self.dispersion, found)).neg_()
+        return (self.log1p * _mask(self.dispersion, found)).sum(-1).neg_()
+
+    def make_slopes(self) -> Tensor:
+        """``slope``; ``inverse`` is ready after it, and ``log1p`` gone."""
+        tables = self.tables
+        if tables is None or tables.is_all:
+            torch.add(self.ratio, 1.0, out=self.inverse).reciprocal_()
+            self.log1p.addcmul_(self.ratio, self.inverse, value=-1.0)
+            return torch.neg(_small_ratio_slope(self.ratio, self.log1p.neg_()), out=self.log1p)
+        self.inverse.reciprocal_()
+        self.log1p.add_(self.inverse).sub_(1.0)
+        if len(tables.precise):
+            slope = self.ratio / (1 + self.ratio) - self.few_log1p
+            self.log1p.index_copy_(1, tables.precise, _small_ratio_slope(self.ratio, slope).neg_())
+        return self.log1p
+
+
+def _mask(values: Tensor, found: Nonzeros) -> Tensor:
+    return values if found.mask is None else values * found.mask
+
+
+def _to_rows(grad: Tensor, slope: Tensor, summed: bool) -> Tensor:
+    """Incoming gradient (n,) or (n, G) times slope (n, G); the gradient is one number a row where the row was summed."""
     return slope * (grad.unsqueeze(-1) if summed else grad)
 
 
 def _to_parameter(grad: Tensor, slope: Tensor, per_gene: bool, summed: bool) -> Tensor:
     """The same for a parameter: of the block's shape, or one number a gene (G,), summed over rows."""
     if not per_gene:
-        return _rows(grad, slope, summed)
-    n_genes = slope.shape[-1]
-    if summed:
-        return grad.reshape(-1) @ slope.reshape(-1, n_genes)
-    return (grad * slope).reshape(-1, n_genes).sum(0)
+        return _to_rows(grad, slope, summed)
+    return grad @ slope if summed else (grad * slope).sum(0)
 
 
-class _LogNB(torch.autograd.Function):
-    """mean (..., G), dispersion (..., G) or (G,) -> log density (..., G), or (...) summed over genes."""
+class _LogCounts(torch.autograd.Function):
+    """What the functions below share: slopes that are multiplied with the incoming gradient.
 
-    @staticmethod
-    def forward(ctx: Any, mean: Tensor, dispersion: Tensor, found: Nonzeros, summed: bool) -> Tensor:
-        to_mean, to_dispersion, *_ = ctx.needs_input_grad
-        block = _Block(mean, dispersion, found, to_mean or to_dispersion)
-        by_mean = by_dispersion = None
-        if to_dispersion:
-            by_dispersion = _put(block.zero_slope(), found, block.by_dispersion)
-        if to_mean:
-            by_mean = _put(block.inverse.neg_(), found, block.by_mean)
-        value = _put(block.log1p.mul_(-dispersion), found, block.value)
-        ctx.save_for_backward(by_mean, by_dispersion)
-        ctx.per_gene, ctx.summed = dispersion.dim() == 1, summed
-        return value.sum(-1) if summed else value
+    Each forward takes its parameters, (n, G) or (G,), then ``found`` and ``summed``; answers the log density (n, G),
+    or (n,) summed over genes. Saved slopes are *minus* those of the log density.
+    """
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        by_mean, by_dispersion = ctx.saved_tensors
-        return (
-            None if by_mean is None else _rows(grad, by_mean, ctx.summed),
-            None if by_dispersion is None else _to_parameter(grad, by_dispersion, ctx.per_gene, ctx.summed),
-            None,
-            None,
-        )
+        grad = -grad
+        gradients = [
+            None if slope is None else _to_parameter(grad, slope, per_gene, ctx.summed)
+            for slope, per_gene in zip(ctx.saved_tensors, ctx.per_gene)
+        ]
+        return (*gradients, None, None)
+
+
+class _Room:
+    """Two blocks (n, G) to work in: those that are wanted whole afterwards, the others for one pass at a time."""
+
+    def __init__(self, mean: Tensor, wanted: Sequence[bool]) -> None:
+        self.mean = mean
+        self.kept = [torch.empty_like(mean) if w else None for w in wanted]
+        self.passing: list[Tensor | None] = [None, None]
+
+    def of(self, rows: slice) -> list[Tensor]:
+        """Both for these rows."""
+        n = rows.stop - rows.start
+        blocks = []
+        for i, kept in enumerate(self.kept[:2]):
+            if kept is None and self.passing[i] is None:
+                self.passing[i] = self.mean.new_empty(n, self.mean.shape[1])
+            passing = self.passing[i]
+            blocks.append(kept[rows] if kept is not None else passing[:n])
+        return blocks
+
+
+def _tables_for(mean: Tensor, dispersion: Tensor) -> _Tables | None:
+    """Tables need one dispersion a gene; picking out large counts would make a GPU wait."""
+    return _Tables(dispersion) if dispersion.dim() == 1 and mean.device.type == "cpu" else None
+
+
+class _LogNB(_LogCounts):
+    """mean (n, G), dispersion (n, G) or (G,)."""
+
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, dispersion: Tensor, found: Nonzeros, summed: bool) -> Tensor:
+        wanted = ctx.needs_input_grad[:2]
+        tables = _tables_for(mean, dispersion)
+        value = mean.new_empty(len(mean)) if summed else torch.empty_like(mean)
+        room = _Room(mean, wanted)
+        for rows, here in _passes(found, *mean.shape, mean.device):
+            means, sizes = mean[rows], dispersion if dispersion.dim() == 1 else dispersion[rows]
+            at = _entries(means, sizes, here, tables, any(wanted))
+            dense = _Pass(means, sizes, tables, room.of(rows))
+            dense.leave_out(here, at.exact)
+            if summed:
+                value[rows] = dense.zeros(here, True).add_(_row_sums(_measured(at.rise, here), here.ends))
+            else:
+                zero = dense.zeros(here, False)
+                value[rows] = _put(zero, here, zero.view(-1).index_select(0, here.index).add_(at.rise))
+            if at.by_mean is not None and at.by_dispersion is not None:
+                slope = dense.make_slopes()
+                _put(dense.inverse, here, at.by_mean.neg_())
+                _put(slope, here, at.by_dispersion.neg_())
+        by_mean, by_dispersion = room.kept
+        ctx.save_for_backward(by_mean, by_dispersion)
+        ctx.per_gene, ctx.summed = (False, dispersion.dim() == 1), summed
+        return value
 
 
 def _softplus(t: Tensor) -> Tensor:
@@ -218,74 +337,86 @@ def _softplus(t: Tensor) -> Tensor:
     return t.clamp(min=0).sub_(t.abs().sigmoid_().log_())
 
 
-class _LogZINB(torch.autograd.Function):
-    """As ``_LogNB``, with gate logits a (..., G) or (G,).
+_UNDERFLOW = -80.0  # below it sigmoids come close to the smallest numbers of float32
 
-    x = 0:  -softplus(a) + l0 + softplus(a - l0),  l0 = log NB(0)
-    x > 0:  -softplus(a) + log NB(x)
+
+class _LogZINB(_LogCounts):
+    """mean (n, G), dispersion (n, G) or (G,), gate logits a (n, G) or (G,).
+
+    With o = sigmoid(-a) and c = sigmoid(log NB(0) - a), the probability that a zero is a count and not an extra one:
+    x = 0:  log NB(0) + log(o / c)
+    x > 0:  log NB(x) + log o
     """
 
     @staticmethod
     def forward(ctx: Any, mean: Tensor, dispersion: Tensor, gate: Tensor, found: Nonzeros, summed: bool) -> Tensor:
-        to_mean, to_dispersion, to_gate, *_ = ctx.needs_input_grad
-        slopes = to_mean or to_dispersion or to_gate
-        block = _Block(mean, dispersion, found, slopes)
-        by_mean = by_dispersion = by_gate = None
-        if slopes:
-            zero_slope = block.zero_slope() if to_dispersion else None
-        zero = block.log1p.mul_(-dispersion)
-        apart = gate - zero
-        open_gate = _softplus(gate)
-        if slopes:
-            counted = apart.neg().sigmoid_()  # probability that a zero is a count, not an extra one
-            if to_gate:
-                chance = gate.sigmoid()
-                by_gate = _put((1.0 - chance) - counted, found, -_pick(chance, found))
-            if zero_slope is not None:
-                by_dispersion = _put(zero_slope.mul_(counted), found, block.by_dispersion)
-            if to_mean:
-                by_mean = _put(block.inverse.neg_().mul_(counted), found, block.by_mean)
-        value = zero.add_(_softplus(apart)).sub_(open_gate)
-        value = _put(value, found, block.value.sub_(_pick(open_gate, found)))
+        wanted = ctx.needs_input_grad[:3]
+        tables = _tables_for(mean, dispersion)
+        value = mean.new_empty(len(mean)) if summed else torch.empty_like(mean)
+        room = _Room(mean, wanted)
+        by_gate = room.kept[2]
+        for rows, here in _passes(found, *mean.shape, mean.device):
+            means, sizes = mean[rows], dispersion if dispersion.dim() == 1 else dispersion[rows]
+            closed = -gate if gate.dim() == 1 else -gate[rows]  # log odds of no extra zero
+            pick = closed.index_select(0, here.gene) if gate.dim() == 1 else closed.view(-1).index_select(0, here.index)
+            at = _entries(means, sizes, here, tables, any(wanted))
+            dense = _Pass(means, sizes, tables, room.of(rows))
+            counted = torch.addcmul(closed, dense.log1p, sizes, value=-1.0)
+            # To look at it would make a GPU wait.
+            safe = mean.device.type == "cpu" and counted.numel() > 0 and float(counted.min()) > _UNDERFLOW
+            chance = None if safe else _softplus(-counted) - _softplus(-closed)
+            counted.sigmoid_()
+            is_open = closed.sigmoid_() if safe else closed.sigmoid()
+            if chance is None:
+                chance = (is_open / counted).log_()  # log(o / c)
+            chance.view(-1).index_copy_(0, here.index, -_softplus(-pick))
+            dense.leave_out(here, at.exact)
+            if summed:
+                extra = chance.sum(-1) if here.mask is None else chance @ here.mask.to(chance)
+                value[rows] = dense.zeros(here, True).add_(_row_sums(_measured(at.rise, here), here.ends)).add_(extra)
+            else:
+                zero = dense.zeros(here, False)
+                _put(zero, here, zero.view(-1).index_select(0, here.index).add_(at.rise))
+                value[rows] = zero.add_(_mask(chance, here))
+            if at.by_mean is not None and at.by_dispersion is not None:
+                slope = dense.make_slopes()
+                _put(dense.inverse.mul_(counted), here, at.by_mean.neg_())
+                _put(slope.mul_(counted), here, at.by_dispersion.neg_())
+            if by_gate is not None:
+                _put(torch.sub(counted, is_open, out=by_gate[rows]), here, pick.neg_().sigmoid_())
+        by_mean, by_dispersion, _ = room.kept
         ctx.save_for_backward(by_mean, by_dispersion, by_gate)
-        ctx.per_gene, ctx.summed = (dispersion.dim() == 1, gate.dim() == 1), summed
-        return value.sum(-1) if summed else value
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        by_mean, by_dispersion, by_gate = ctx.saved_tensors
-        return (
-            None if by_mean is None else _rows(grad, by_mean, ctx.summed),
-            None if by_dispersion is None else _to_parameter(grad, by_dispersion, ctx.per_gene[0], ctx.summed),
-            None if by_gate is None else _to_parameter(grad, by_gate, ctx.per_gene[1], ctx.summed),
-            None,
-            None,
-        )
+        ctx.per_gene, ctx.summed = (False, dispersion.dim() == 1, gate.dim() == 1), summed
+        return value
 
 
-class _LogPoisson(torch.autograd.Function):
-    """mean (..., G) -> log density (..., G), or (...) summed over genes."""
+class _LogPoisson(_LogCounts):
+    """mean (n, G)."""
 
     @staticmethod
     def forward(ctx: Any, mean: Tensor, found: Nonzeros, summed: bool) -> Tensor:
-        mu, x = _pick(mean, found), found.count
-        few = torch.arange(1, _FEW + 2, dtype=mean.dtype, device=mean.device).lgamma()
-        at = x * mu.log() - mu - few.index_select(0, x.clamp(max=_FEW).long())
+        mu, x = mean.view(-1).index_select(0, found.index), found.count
+        few = _log_factorials(mean).squeeze(-1)
+        at = x * mu.log() - few.index_select(0, x.clamp(max=_FEW).long())
+        dense = mean
         large = (x > _FEW).nonzero().squeeze(-1)
         if len(large):
             big, rate = x.index_select(0, large).double(), mu.index_select(0, large).double()
             at.index_copy_(0, large, (big * rate.log() - rate - torch.lgamma(big + 1)).to(at.dtype))
-        value = _put(mean.neg(), found, at)
+            dense = mean.clone()  # log p(x) is given whole there
+            dense.view(-1).index_fill_(0, found.index.index_select(0, large), 0.0)
+        if summed:
+            zero = dense.sum(-1) if found.mask is None else dense @ found.mask.to(dense)
+            value = _row_sums(_measured(at, found), found.ends).sub_(zero)
+        else:
+            value = -dense
+            value = _put(value, found, value.view(-1).index_select(0, found.index).add_(at))
+        slope = None
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(_put(torch.full_like(mean, -1.0), found, x / mu - 1))
-            ctx.summed = summed
-        return value.sum(-1) if summed else value
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _rows(grad, ctx.saved_tensors[0], ctx.summed), None, None
+            slope = _put(torch.ones_like(mean), found, 1 - x / mu)
+        ctx.save_for_backward(slope)
+        ctx.per_gene, ctx.summed = (False,), summed
+        return value
 
 
 # ---- the distributions ------------------------------------------------------------------------
@@ -345,25 +476,26 @@ class _Counts(TorchDistribution):
         shape = torch.broadcast_shapes(self.batch_shape, value.shape)
         block = shape if shape else torch.Size([1])
         found = _meet(value, block, self._mean.dtype)
-        mean = self._mean.expand(block).contiguous()
+        n_genes = block[-1]
+        mean = self._mean.expand(block).reshape(-1, n_genes).contiguous()
         rest = [_per_gene_or_full(getattr(self, "_" + name), block) for name in self._names[1:]]
         if not torch.is_grad_enabled():  # else slopes would be made, and thrown away
             mean, *rest = (t.detach() for t in (mean, *rest))
-        result = self._apply(mean, *rest, found, summed)
-        return result if shape else result.reshape(())
+        result: Tensor = self._apply(mean, *rest, found, summed)
+        return result.reshape(shape[:-1] if summed else shape)
 
     def _apply(self, *args: Any) -> Tensor:
         raise NotImplementedError
 
 
 def _per_gene_or_full(parameter: Tensor, shape: torch.Size) -> Tensor:
-    """(G,) if the parameter has one number a gene (or one for all), else the whole block."""
+    """(G,) if the parameter has one number a gene (or one for all), else the whole block, as rows (n, G)."""
     n_genes = shape[-1]
     if parameter.numel() == 1:
         return parameter.reshape(1).expand(n_genes).contiguous()
     if parameter.numel() == n_genes == parameter.shape[-1]:
         return parameter.reshape(n_genes).contiguous()
-    return parameter.expand(shape).contiguous()
+    return parameter.expand(shape).reshape(-1, n_genes).contiguous()
 
 
 def _meet(value: Tensor, shape: torch.Size, dtype: torch.dtype) -> Nonzeros:
@@ -375,7 +507,8 @@ def _meet(value: Tensor, shape: torch.Size, dtype: torch.dtype) -> Nonzeros:
     if times > 1:  # the same counts against several draws
         step = torch.arange(times, device=value.device).unsqueeze(-1) * value.numel()
         index = (step + found.index).reshape(-1)
-        found = Nonzeros(index, found.gene.repeat(times), found.count.repeat(times), found.mask)
+        ends = (torch.arange(times, device=value.device).unsqueeze(-1) * len(found.index) + found.ends).reshape(-1)
+        found = Nonzeros(index, found.gene.repeat(times), found.count.repeat(times), ends, found.mask)
     return found._replace(count=found.count.to(dtype))
 
 
