@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .cells import Cells
 from .counts import require_memory
-from .elbo import Enumerated, draws_plate, follow, in_cells, of_cells
+from .elbo import Enumerated, draws_plate, follow, in_cells, of_cells, weighed
 from .guides import is_computed
 from .isolation import checked_seed
 from .loading import blocks
@@ -56,7 +56,7 @@ def with_discrete(program: Program, guide: poutine.Trace, block: Cells, n_draws:
     if not program.enumerated:
         return guide
     model = follow(program, guide, block, n_draws)
-    summed = summed_out(program, model, n_draws)
+    summed = summed_out(program, model, block, n_draws)
     table = summed.table()
     chosen = torch.distributions.Categorical(logits=table.movedim(0, -1)).sample()
     for name in program.enumerated:
@@ -74,13 +74,13 @@ def with_discrete(program: Program, guide: poutine.Trace, block: Cells, n_draws:
     return guide
 
 
-def summed_out(program: Program, model: poutine.Trace, n_draws: int | None) -> Enumerated:
+def summed_out(program: Program, model: poutine.Trace, cells: Cells, n_draws: int | None) -> Enumerated:
     """The sites of a run that depend on enumerated values."""
     summed = Enumerated(program.n_plates, n_draws is not None)
     for name in sites_of(model):
         site: Any = model.nodes[name]
         if not is_computed(site) and (name in program.enumerated or summed.concerns(site)):
-            summed.add(name, site)
+            summed.add(name, site, cells)
     return summed
 
 
@@ -196,7 +196,7 @@ def log_weight(program: Program, guide: poutine.Trace, block: Cells, n_draws: in
     """(S, n) log p - log q over the sites of each cell; global ones are drawn from the guide and left at that."""
     model = follow(program, guide, block, n_draws)
     weight = block.library.new_zeros(1, len(block))
-    summed = summed_out(program, model, n_draws)
+    summed = summed_out(program, model, block, n_draws)
     for trace, sign in ((model, 1.0), (guide, -1.0)):
         for name in sites_of(trace):
             site: Any = trace.nodes[name]
@@ -206,7 +206,8 @@ def log_weight(program: Program, guide: poutine.Trace, block: Cells, n_draws: in
                 and name not in program.enumerated
                 and not summed.concerns(site)
             ):
-                weight = weight + sign * of_cells(site["fn"].log_prob(site["value"]), int(n_draws is not None))
+                value = weighed(site["fn"].log_prob(site["value"]), site, block)
+                weight = weight + sign * of_cells(value, int(n_draws is not None))
     if program.enumerated:
         weight = weight + summed.table().logsumexp(0)
     return weight

@@ -1,4 +1,4 @@
-"""The evidence lower bound of each cell, and the weight of its KL terms in training.
+"""The evidence lower bound of each cell.
 
 ELBO = E_q[log p(x | latents)] - sum over latent sites of KL(q || p)
 
@@ -16,7 +16,6 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
@@ -34,6 +33,16 @@ def of_cells(values: Tensor, n_front: int = 0) -> Tensor:
     """(..., n) log densities of a site in the plate of cells, summed over plates inside it: (front, n)."""
     inner = tuple(range(n_front, values.dim() - 1))
     return values.sum(inner) if inner else values
+
+
+def weighed(values: Tensor, site: Any, cells: Cells) -> Tensor:
+    """Densities of a site under the masks and scales around it, as of one cell: not times the plate's own scale."""
+    mask, scale = site["mask"], site["scale"]
+    if in_cells(site):
+        scale = scale / (cells.total / len(cells))
+    if mask is not None and mask is not True:
+        values = torch.where(torch.as_tensor(mask, device=values.device), values, 0.0)
+    return values if isinstance(scale, float | int) and scale == 1 else values * scale
 
 
 def kl(guide_site: Any, model_site: Any) -> Tensor:
@@ -83,15 +92,18 @@ def elbo_terms(program: Program, cells: Cells) -> Terms:
         if site["type"] != "sample" or site_is_subsample(site) or is_computed(site):
             continue
         if name in program.enumerated or summed.concerns(site):
-            summed.add(name, site)
-        elif site["is_observed"] and not in_cells(site):
-            terms.global_observed = terms.global_observed + site["fn"].log_prob(site["value"]).sum()
+            summed.add(name, site, cells)
+            continue
+        value = site["fn"].log_prob(site["value"]) if site["is_observed"] else kl(drawn[name], site)
+        value = weighed(value, site, cells)
+        if site["is_observed"] and not in_cells(site):
+            terms.global_observed = terms.global_observed + value.sum()
         elif site["is_observed"]:
-            terms.reconstruction = terms.reconstruction + of_cells(site["fn"].log_prob(site["value"]))
+            terms.reconstruction = terms.reconstruction + of_cells(value)
         elif in_cells(site):
-            terms.local_kl[name] = of_cells(kl(drawn[name], site))
+            terms.local_kl[name] = of_cells(value)
         else:
-            terms.global_kl[name] = kl(drawn[name], site).sum()
+            terms.global_kl[name] = value.sum()
     if program.enumerated:
         # The KL of a site whose prior depends on y is against its prior with y summed out.
         joint, prior = summed.logsumexp()
@@ -146,9 +158,9 @@ class Enumerated:
         """Whether the site's density depends on an enumerated value."""
         return len(site["fn"].batch_shape) > self.n_batch
 
-    def add(self, name: str, site: Any) -> None:
+    def add(self, name: str, site: Any, cells: Cells) -> None:
         """Count a site in."""
-        value = site["fn"].log_prob(site["value"])
+        value = weighed(site["fn"].log_prob(site["value"]), site, cells)
         self.all.append(value)
         if not site["is_observed"]:
             self.priors.append(value)
@@ -172,35 +184,3 @@ class Enumerated:
     def logsumexp(self) -> tuple[Tensor, Tensor]:
         """(draws, n) log of the sum over values: of all densities, and of those of latent sites alone."""
         return self.table().logsumexp(0), self.table(self.priors).logsumexp(0)
-
-
-class KLWeight(Messenger):
-    """Weighs every latent site, in model and guide alike, and keeps their laws of the last run.
-
-    Around both, the objective becomes reconstruction - weight * KL, for any story; the
-    story itself knows nothing of it.
-    """
-
-    def __init__(self, weight: float = 1.0) -> None:
-        super().__init__()
-        self.weight = weight
-        self._sites: dict[str, list[dict[str, Any]]] = {}
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not msg["is_observed"] and not site_is_subsample(msg):
-            msg["scale"] = self.weight * msg["scale"]
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if not msg["is_observed"] and not site_is_subsample(msg):
-            seen = self._sites.setdefault(msg["name"], [])
-            seen.append({k: msg[k] for k in ("fn", "value", "cond_indep_stack")})
-
-    def kl_terms(self, total: int) -> dict[str, Tensor]:
-        """Nats per cell of each site's KL in the run just done (guide, then model), and forget it."""
-        terms = {}
-        with torch.no_grad():
-            for name, (guide_site, model_site) in self._sites.items():
-                term = kl(guide_site, model_site)
-                terms[name] = of_cells(term).mean() if in_cells(model_site) else term.sum() / total
-        self._sites = {}
-        return terms

@@ -317,14 +317,8 @@ class GlobalGuide(nn.Module):
 
     def draw(self, cells: Cells) -> None:
         """Draw the site, inside the plates the model draws it in."""
-        law = self.law()
-        if self.training:
-            # Where the KL has no closed form, its gradient goes through the draw alone: the rest has mean zero, and
-            # without it the noise falls to a third (Roeder et al. 2017, NeurIPS, "Sticking the landing").
-            still = family(self.loc.detach(), self.log_scale.detach().exp(), self.site.support)
-            law.log_prob = still.log_prob
         with _plates(self.site):
-            pyro.sample(self.site.name, law)
+            pyro.sample(self.site.name, self.law())
 
 
 class LocalGuide(nn.Module):

@@ -1,7 +1,7 @@
 """fit: stochastic variational inference of any Program, in nats per cell.
 
-The objective is Pyro's ``TraceMeanField_ELBO`` divided by the number of cells, the optimiser
-Pyro's ``ClippedAdam`` used as a torch optimiser, in its fused form (`optim`). Warm-up of the KL terms is a messenger
+The objective is Pyro's ``TraceMeanField_ELBO`` in a leaner form (`objective`), divided by the number of cells, the
+optimiser Pyro's ``ClippedAdam`` used as a torch optimiser, in its fused form (`optim`). Warm-up of the KL terms is a messenger
 around model and guide and always ends at weight 1; early stopping looks only at epochs
 at weight 1.
 """
@@ -26,21 +26,22 @@ import numpy as np
 import pandas as pd
 import pyro
 import torch
-from pyro.infer import TraceMeanField_ELBO
+from pyro.infer import ELBO
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from .cells import Cells
 from .counts import logger, require_memory
-from .elbo import KLWeight, elbo_terms
+from .elbo import elbo_terms
 from .errors import FitError, PyroscWarning
 from .guides import is_computed
 from .isolation import checked_seed
 from .loading import blocks, minibatches, n_batches_of
+from .objective import KLWeight, MeanFieldELBO
 from .optim import FusedClippedAdam
 from .posterior import Fit
 from .program import Program
-from .schema import did_you_mean
+from .schema import did_you_mean, listed
 
 _PRIOR_PRECISION = 70.0  # of each weight: Normal(0, 0.12)
 # Completed guides of global sites begin far from where they end: with Adam's usual memory of 1,000 squared gradients
@@ -64,6 +65,7 @@ def fit(
     patience: int | None = 15,
     weight_decay: float | None = None,
     clip_norm: float = 10.0,
+    objective: ELBO | None = None,
     seed: int | None = 0,
     device: str | torch.device = "auto",
     progress: bool = True,
@@ -90,6 +92,8 @@ def fit(
         None takes 70 / N: what a Normal(0, 0.12) prior on each weight costs, 1 / (0.12^2 N). Of 0, 7, 70
         and 700 / N it had the best held-out ELBO on two of three data sets (benchmarks/README.md).
     clip_norm : bound on each element of the gradient, in nats per cell (ClippedAdam's clamp)
+    objective : any ``pyro.infer.ELBO`` with a ``differentiable_loss``; None takes `MeanFieldELBO`
+        Such as ``TraceMeanField_ELBO()``, which ours equals but for speed and noise.
     seed : of the split, the order and the draws; None draws one and keeps it in ``settings``
     device : "auto" (CUDA where there is one), or a torch device
     progress : whether to show a bar
@@ -131,6 +135,7 @@ def fit(
     if global_lr is None:
         global_lr = min(10 * lr, 1.0) if isinstance(lr, numbers.Real) else lr
     _check_arguments(epochs, batch_size, lr, global_lr, schedule, warmup, patience, weight_decay, clip_norm)
+    _check_objective(objective, program)
     place = _device(device)
     if not isinstance(cells, Cells):
         cells = Cells.align(cells, program.schema)
@@ -154,8 +159,9 @@ def fit(
     }  # fmt: skip
     dtype = program.dtype
     run = _Run(
-        program.copy().to(place), train.to(place, dtype), None if held_out is None else held_out.to(place, dtype), given
-    )
+        program.copy().to(place), train.to(place, dtype), None if held_out is None else held_out.to(place, dtype),
+        given, objective,
+    )  # fmt: skip
     if not any(p.requires_grad for p in run.program.parameters()):
         raise ValueError("every weight is frozen (requires_grad=False), so there is nothing to fit")
     run.settings |= {
@@ -229,6 +235,19 @@ def _check_arguments(
         raise ValueError(f"clip_norm must be positive, not {clip_norm!r}")
 
 
+def _check_objective(objective: Any, program: Program) -> None:
+    if objective is None:
+        return
+    if not isinstance(objective, ELBO):
+        raise ValueError(f"objective must be a pyro.infer.ELBO, such as TraceMeanField_ELBO(), not {objective!r}")
+    if not hasattr(objective, "differentiable_loss"):
+        raise ValueError(f"objective: {type(objective).__name__} has no differentiable_loss, which training needs")
+    if program.enumerated:
+        raise ValueError(
+            f"objective: this story sums out {listed(program.enumerated)} by a bound of its own; leave objective=None"
+        )
+
+
 def _device(device: str | torch.device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -278,7 +297,14 @@ def _split(cells: Cells, validation: Any, seed: int) -> tuple[Cells, Cells | Non
 class _Run:
     """One fit under way."""
 
-    def __init__(self, program: Program, train: Cells, held_out: Cells | None, given: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        program: Program,
+        train: Cells,
+        held_out: Cells | None,
+        given: dict[str, Any],
+        objective: ELBO | None = None,
+    ) -> None:
         self.program, self.train, self.held_out, self.given = program, train, held_out, given
         self.rows: list[dict[str, float]] = []
         self.state, self.best_epoch, self.best_elbo = "failed", 0, -math.inf
@@ -290,8 +316,9 @@ class _Run:
         self.seconds = 0.0
         self.settings: dict[str, Any] = {"n_cells": len(train), "n_held_out": 0 if held_out is None else len(held_out)}
         self.good = self._weights()
-        self.elbo = TraceMeanField_ELBO(max_plate_nesting=program.n_plates)
-        self.kl = KLWeight()
+        self.elbo = MeanFieldELBO(max_plate_nesting=program.n_plates) if objective is None else objective
+        self.settings["objective"] = type(self.elbo).__name__
+        self.kl = KLWeight(keep=not isinstance(self.elbo, MeanFieldELBO))
         self.model, self.guide = self.kl(program.model), self.kl(program.guide)
         self.total_steps = given["epochs"] * n_batches_of(len(train), given["batch_size"])
 
@@ -302,7 +329,7 @@ class _Run:
         """Minus the weighted ELBO in nats per cell, and the KL of each site in nats per cell."""
         if not self.program.enumerated:
             loss = self.elbo.differentiable_loss(self.model, self.guide, batch) / batch.total
-            return loss, self.kl.kl_terms(batch.total)
+            return loss, (self.kl if self.kl.keep else self.elbo).kl_terms(batch.total)
         # TraceMeanField_ELBO does not know of sites that are summed out.
         terms = elbo_terms(self.program, batch)
         kls = {name: term.mean() for name, term in terms.local_kl.items()}

@@ -18,8 +18,9 @@ from torch import nn
 import pyrosc
 from pyrosc import Cells, FitError, NBLikelihood, Part, PoissonLikelihood, Prior, Program, PyroscWarning, ZINBLikelihood
 from pyrosc.distributions import Poisson
-from pyrosc.elbo import KLWeight, elbo_terms
+from pyrosc.elbo import elbo_terms
 from pyrosc.loading import blocks, minibatches
+from pyrosc.objective import KLWeight
 from pyrosc.training import _kl_weight, _rate, default_epochs
 
 QUICK = dict(epochs=3, progress=False, patience=None)
