@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from .counts import CountMatrix, logger, nonzeros, read_counts, require_memory
+from .counts import CountMatrix, carry, logger, nonzeros, read_counts, require_memory
 from .errors import PyroscWarning
 from .reading import check_names, chosen_genes, known_column, places, read_layer, remedy_of, where_of
 from .schema import (
@@ -504,6 +504,11 @@ class Cells:
         return self.library if self.size_factor is None else self.size_factor
 
     @property
+    def counts_per_cell(self) -> float:
+        """Non-zero counts of a row, on average over the matrix behind these cells."""
+        return self._counts.nnz / max(len(self._counts), 1) if self._counts is not None else float(self.n_genes)
+
+    @property
     def has_counts(self) -> bool:
         """Whether there are counts to observe; if not, a story draws them."""
         return self._counts is not None or self._x is not None
@@ -528,7 +533,7 @@ class Cells:
         return self._x
 
     def log1p(self) -> Tensor:
-        """(N, G) log(1 + counts), what encoders read.
+        """(N, G) log(1 + counts), what encoders read; carries its non-zero entries, as ``x`` does.
 
         Raises
         ------
@@ -539,9 +544,10 @@ class Cells:
         if x is None:
             raise ValueError("these cells hold no counts, so there is nothing to encode; pass cells with counts")
         found = nonzeros(x)
+        logs = found.count.log1p()
         out = torch.zeros_like(x)
-        out.view(-1)[found.index] = found.count.log1p()
-        return out
+        out.view(-1).index_copy_(0, found.index, logs)
+        return carry(out, found._replace(count=logs, mask=None))
 
     def gene_sums(self) -> GeneSums:
         """Per gene, (G,) float64: sums over these cells that starting values are made from."""
@@ -604,6 +610,21 @@ class Cells:
         if self._counts is None and self._x is not None:
             changes["_x"] = self._x.index_select(0, rows)
         return self._copy(**changes)
+
+    def minibatches(self, rows: Tensor, cuts: Sequence[int]) -> Iterator[Cells]:
+        """Consecutive mini-batches ``rows[cuts[i]:cuts[i + 1]]``, gathered in one go and cut apart."""
+        taken = self.rows(rows, whole=False)
+        if self._counts is None or taken._rows is None:
+            blocks: Any = (None if taken._x is None else taken._x[a:b] for a, b in zip(cuts, cuts[1:]))
+        else:
+            blocks = self._counts.window(taken._rows, self.dtype, cuts, self.gene_mask)
+        for first, last, x in zip(cuts, cuts[1:], blocks):
+            here = slice(first, last)
+            yield taken._copy(
+                library=taken.library[here], size_factor=None if taken.size_factor is None else taken.size_factor[here],
+                codes={k: v[here] for k, v in taken.codes.items()},
+                values={k: v[here] for k, v in taken.values.items()}, _rows=taken._rows[here], _x=x,
+            )  # fmt: skip
 
     def minibatch(self, rows: Any) -> Cells:
         """The rows of one training step, which still know the total of the whole."""

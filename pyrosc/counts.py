@@ -44,11 +44,17 @@ class Nonzeros(NamedTuple):
     mask: Tensor | None = None
 
 
+def carried(x: Tensor) -> Nonzeros | None:
+    """The non-zero entries that ``x`` carries, if it does and was not edited since."""
+    found, version = getattr(x, _ROOM, (None, None))
+    return found if version == x._version else None
+
+
 def nonzeros(x: Tensor) -> Nonzeros:
     """The non-zero entries of ``x`` (..., G): carried by it, else searched for."""
-    carried, version = getattr(x, _ROOM, (None, None))
-    if carried is not None and version == x._version:  # not edited in place since
-        return carried
+    found = carried(x)
+    if found is not None:
+        return found
     flat = x.reshape(-1)
     index = flat.nonzero().squeeze(-1)
     n_genes = x.shape[-1]
@@ -127,8 +133,22 @@ class CountMatrix:
         index = row * self.n_genes + gene
         count = self.data[at].to(dtype)
         x = torch.zeros(len(rows), self.n_genes, dtype=dtype, device=self.data.device)
-        x.view(-1)[index] = count
+        x.view(-1).index_copy_(0, index, count)
         return carry(x, Nonzeros(index, gene, count, length.cumsum(0), mask))
+
+    def window(self, rows: Tensor, dtype: torch.dtype, cuts: Sequence[int], mask: Tensor | None = None) -> Iterator[Tensor]:
+        """Rows as dense blocks one after the other, ``cuts[i]`` to ``cuts[i + 1]``; as `dense`, but gathered in one go."""
+        at, row, length = self._entries(rows)
+        gene = self.indices[at].long()
+        index = row.mul_(self.n_genes).add_(gene)
+        count = self.data[at].to(dtype)
+        ends = length.cumsum(0)
+        bounds = torch.cat([ends.new_zeros(1), ends])[list(cuts)].tolist()
+        for first, last, low, high in zip(cuts, cuts[1:], bounds, bounds[1:]):
+            here = index[low:high] - first * self.n_genes
+            x = torch.zeros(last - first, self.n_genes, dtype=dtype, device=self.data.device)
+            x.view(-1).index_copy_(0, here, count[low:high])
+            yield carry(x, Nonzeros(here, gene[low:high], count[low:high], ends[first:last] - low, mask))
 
     def pieces(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(row, gene, count) of every entry in order, some millions at a time, so that passes stay small."""

@@ -52,34 +52,42 @@ class _Entries(NamedTuple):
 
     rise : log p(x) - log p(0); log p(x) itself where exact
     by_mean, by_dispersion : slopes of log p(x), None if they are not asked for
+    sums : (n,) rows' sums of ``rise`` over genes that were measured
     """
 
     rise: Tensor
     by_mean: Tensor | None
     by_dispersion: Tensor | None
     exact: Tensor | None
+    sums: Tensor
 
 
-def _in_full(x: Tensor, mean: Tensor, dispersion: Tensor, slopes: bool) -> tuple[Tensor, ...]:
+def _in_full(x: Tensor, mean: Tensor, dispersion: Tensor, slopes: bool, large: bool = True) -> tuple[Tensor, ...]:
     """log p(x) of the negative binomial, x > 0, all (m,); then its slopes in mean and dispersion.
 
-    In float64: terms as large as x cancel, and these are few.
+    In float64: terms as large as x cancel, and these are few. ``large`` says that a dispersion may be above ``_LARGE``,
+    where Gamma(x + d) / (Gamma(d) d^x) is taken by Stirling's series, because even float64 would cancel.
     """
     given = mean.dtype
     x, mean, dispersion = x.double(), mean.double(), dispersion.double()
-    m, near_zero = x + dispersion, torch.log1p(mean / dispersion)
-    # Gamma(m) / (Gamma(d) d^x), by Stirling's series where even float64 would cancel
-    low, large, step = dispersion.clamp(max=_LARGE), dispersion > _LARGE, torch.log1p(x / dispersion)
-    series = (m - 0.5) * step - x + (1 / m - 1 / dispersion) / 12
-    rising = torch.where(large, series, torch.lgamma(x + low) - torch.lgamma(low) - x * low.log())
-    value = rising - torch.lgamma(x + 1) + x * mean.log() - m * near_zero
+    m, both = x + dispersion, dispersion + mean
+    near_zero = torch.log1p(mean / dispersion)
+    low = dispersion.clamp(max=_LARGE) if large else dispersion
+    top = x + low
+    rising = torch.lgamma(top).sub_(torch.lgamma(low)).sub_(x * low.log())
+    if large:
+        beyond, step = dispersion > _LARGE, torch.log1p(x / dispersion)
+        series = (m - 0.5) * step - x + (1 / m - 1 / dispersion) / 12
+        rising = torch.where(beyond, series, rising)
+    value = rising.sub_(torch.lgamma(x + 1)).add_(x * mean.log()).sub_(m * near_zero)
     if not slopes:
         return (value.to(given),)
-    series = step - (1 / m - 1 / dispersion) / 2
-    rising = torch.where(large, series, torch.digamma(x + low) - torch.digamma(low))
-    apart, both = x - mean, dispersion + mean
+    apart = x - mean
     by_mean = apart / mean * (dispersion / both)
-    return value.to(given), by_mean.to(given), (rising - near_zero - apart / both).to(given)
+    rising = torch.digamma(top).sub_(torch.digamma(low))
+    if large:
+        rising = torch.where(beyond, step - (1 / m - 1 / dispersion) / 2, rising)
+    return value.to(given), by_mean.to(given), rising.sub_(near_zero).sub_(apart / both).to(given)
 
 
 class _Tables:
@@ -87,20 +95,26 @@ class _Tables:
 
     value, slope : (x * G + gene,) for x = 0.._FEW, log of Gamma(x + d) / (Gamma(d) d^x x!), and its slope in d
     precise : (p,) genes whose dense part is taken with log1p, and not with log; ``is_all`` if most are
+    is_wide : whether a dispersion is above _LARGE
     """
 
     def __init__(self, dispersion: Tensor) -> None:
         k = torch.arange(_FEW, dtype=dispersion.dtype, device=dispersion.device).unsqueeze(-1)
-        share = k / dispersion
+        self.inverse, both = dispersion.reciprocal(), k + dispersion
+        share = k * self.inverse
         table = dispersion.new_zeros(_FEW + 1, len(dispersion))
-        torch.cumsum(share.log1p(), 0, out=table[1:])
-        table -= _log_factorials(dispersion)
         slope = torch.zeros_like(table)
-        torch.cumsum(share.div_(dispersion + k).neg_(), 0, out=slope[1:])
-        self.value, self.slope = table.view(-1), slope.view(-1)
-        self.precise = (dispersion > _ROUGH).nonzero().squeeze(-1)
+        torch.cumsum(share.log1p(), 0, out=table[1:])
+        torch.cumsum(share.div_(both).neg_(), 0, out=slope[1:])
+        self.value, self.slope = table.sub_(_log_factorials(dispersion)).view(-1), slope.view(-1)
+        most = float(dispersion.max()) if len(dispersion) else 0.0
+        self.is_wide = not most <= _LARGE
+        self.precise = (dispersion > _ROUGH).nonzero().squeeze(-1) if not most <= _ROUGH else _NONE
         self.is_all = len(self.precise) > len(dispersion) // 3
-        self.one, self.inverse = dispersion.new_ones(()), dispersion.reciprocal()
+        self.one = dispersion.new_ones(())
+
+
+_NONE = torch.zeros(0, dtype=torch.int64)
 
 
 def _log_factorials(like: Tensor) -> Tensor:
@@ -119,29 +133,28 @@ def _entries(
         size = dispersion.view(-1).index_select(0, found.index)
     if tables is None:
         value, *both = _in_full(x, mu, size, slopes)
-        return _Entries(value, *(both or (None, None)), None)
+        return _Entries(value, *(both or (None, None)), None, _row_sums(value, found))
     entry = x.clamp(max=_FEW).long().mul_(len(dispersion)).add_(found.gene)
     ratio = mu / size
-    log1p = ratio.log1p()
-    rise = torch.addcmul(tables.value.index_select(0, entry), x, mu.log().sub_(log1p))
+    inverse = (ratio + 1.0).reciprocal_()
+    rise = tables.value.index_select(0, entry)
+    rise.addcmul_(x, (mu * inverse).log_())
     by_mean = by_dispersion = None
     if slopes:
-        inverse = (ratio + 1.0).reciprocal_()
         seen = x * inverse
-        by_mean = seen / mu - inverse
-        by_dispersion = (ratio * inverse).sub_(log1p)
+        by_mean = (seen / mu).sub_(inverse)
+        by_dispersion = (ratio * inverse).sub_(ratio.log1p())
         if len(tables.precise):
             by_dispersion = _small_ratio_slope(ratio, by_dispersion)
-        by_dispersion += tables.slope.index_select(0, entry)
-        by_dispersion += seen.mul_(ratio).div_(size)
+        by_dispersion.add_(tables.slope.index_select(0, entry)).add_(seen.mul_(ratio).div_(size))
     large = (x > _FEW).nonzero().squeeze(-1)
     if len(large):
-        value, *both = _in_full(*(t.index_select(0, large) for t in (x, mu, size)), slopes)
+        value, *both = _in_full(*(t.index_select(0, large) for t in (x, mu, size)), slopes, tables.is_wide)
         rise.index_copy_(0, large, value)
         if by_mean is not None and by_dispersion is not None:
             by_mean.index_copy_(0, large, both[0])
             by_dispersion.index_copy_(0, large, both[1])
-    return _Entries(rise, by_mean, by_dispersion, large)
+    return _Entries(rise, by_mean, by_dispersion, large, _row_sums(rise, found))
 
 
 def _small_ratio_slope(ratio: Tensor, slope: Tensor) -> Tensor:
@@ -153,13 +166,35 @@ def _small_ratio_slope(ratio: Tensor, slope: Tensor) -> Tensor:
 
 # ---- blocks: zeros in dense passes, the rest at the non-zero counts ---------------------------
 
-_PASS = 2**18  # entries of a dense pass: a megabyte, which stays in the cache and is not asked of the system anew
+_PASS = 2**18  # entries of a block whose non-zero counts are worked on at a time
+_DENSE = 2**16  # entries of a dense pass: with its neighbours it stays in a core's own cache
 
 
-def _passes(found: Nonzeros, n_rows: int, n_genes: int, device: torch.device) -> Iterator[tuple[slice, Nonzeros]]:
-    """Blocks of rows small enough for one pass, and their non-zero counts."""
-    size = max(1, _PASS // max(n_genes, 1))
-    if n_rows <= size or device.type != "cpu":
+def _passes(
+    mean: Tensor, dispersion: Tensor, found: Nonzeros, tables: _Tables | None, slopes: bool
+) -> Iterator[tuple[slice, Nonzeros, _Entries]]:
+    """Blocks of rows small enough for one dense pass, with what is to be said at their non-zero counts."""
+    n_rows, n_genes = mean.shape
+    for rows, here in _cut(found, n_rows, n_genes, _PASS if mean.device.type == "cpu" else mean.numel()):
+        start = rows.start
+        at = _entries(mean[rows], _rows_of(dispersion, rows), here, tables, slopes)
+        low = 0
+        pieces = list(_cut(here, rows.stop - start, n_genes, _DENSE if mean.device.type == "cpu" else mean.numel()))
+        highs = [low := low + len(piece.index) for _, piece in pieces]
+        exact = [0] * len(pieces)
+        if at.exact is not None and len(at.exact):
+            exact = torch.searchsorted(at.exact, torch.tensor(highs)).tolist()
+        for (inner, piece), low, high, first, last in zip(pieces, [0, *highs], highs, [0, *exact], exact):
+            values = (None if t is None else t[low:high] for t in at[:3])
+            known = at.exact if at.exact is None else at.exact[first:last] - low
+            sums = at.sums[inner]
+            yield slice(start + inner.start, start + inner.stop), piece, _Entries(*values, known, sums)  # type: ignore[arg-type]
+
+
+def _cut(found: Nonzeros, n_rows: int, n_genes: int, most: int) -> Iterator[tuple[slice, Nonzeros]]:
+    """Blocks of rows of at most ``most`` entries, and their non-zero counts."""
+    size = max(1, most // max(n_genes, 1))
+    if n_rows <= size:
         yield slice(0, n_rows), found
         return
     starts = list(range(0, n_rows, size))
@@ -172,22 +207,23 @@ def _passes(found: Nonzeros, n_rows: int, n_genes: int, device: torch.device) ->
         )  # fmt: skip
 
 
-def _row_sums(values: Tensor, ends: Tensor) -> Tensor:
-    """(n,) sums of values (m,) over rows that end at ``ends``."""
+def _rows_of(parameter: Tensor, rows: slice) -> Tensor:
+    return parameter if parameter.dim() == 1 else parameter[rows]
+
+
+def _row_sums(values: Tensor, found: Nonzeros) -> Tensor:
+    """(n,) sums over rows of values (m,) at the non-zero counts of genes that were measured."""
+    if found.mask is not None:
+        values = values * found.mask.index_select(0, found.gene)
     sums = values.new_zeros(len(values) + 1, dtype=torch.float64)
     torch.cumsum(values, 0, dtype=torch.float64, out=sums[1:])
-    return sums.index_select(0, ends).diff(prepend=sums[:1]).to(values.dtype)
+    return sums.index_select(0, found.ends).diff(prepend=sums[:1]).to(values.dtype)
 
 
 def _put(block: Tensor, found: Nonzeros, values: Tensor) -> Tensor:
     """Write ``values`` at the non-zero counts; genes that were not measured say nothing."""
     block.view(-1).index_copy_(0, found.index, values)
     return block if found.mask is None else block.mul_(found.mask.to(block))
-
-
-def _measured(values: Tensor, found: Nonzeros) -> Tensor:
-    """Values at non-zero counts, zero for genes that were not measured."""
-    return values if found.mask is None else values * found.mask.index_select(0, found.gene)
 
 
 class _Pass:
@@ -312,13 +348,12 @@ class _LogNB(_LogCounts):
         tables = _tables_for(mean, dispersion)
         value = mean.new_empty(len(mean)) if summed else torch.empty_like(mean)
         room = _Room(mean, wanted)
-        for rows, here in _passes(found, *mean.shape, mean.device):
-            means, sizes = mean[rows], dispersion if dispersion.dim() == 1 else dispersion[rows]
-            at = _entries(means, sizes, here, tables, any(wanted))
+        for rows, here, at in _passes(mean, dispersion, found, tables, any(wanted)):
+            means, sizes = mean[rows], _rows_of(dispersion, rows)
             dense = _Pass(means, sizes, tables, room.of(rows))
             dense.leave_out(here, at.exact)
             if summed:
-                value[rows] = dense.zeros(here, True).add_(_row_sums(_measured(at.rise, here), here.ends))
+                value[rows] = dense.zeros(here, True).add_(at.sums)
             else:
                 zero = dense.zeros(here, False)
                 value[rows] = _put(zero, here, zero.view(-1).index_select(0, here.index).add_(at.rise))
@@ -355,11 +390,10 @@ class _LogZINB(_LogCounts):
         value = mean.new_empty(len(mean)) if summed else torch.empty_like(mean)
         room = _Room(mean, wanted)
         by_gate = room.kept[2]
-        for rows, here in _passes(found, *mean.shape, mean.device):
-            means, sizes = mean[rows], dispersion if dispersion.dim() == 1 else dispersion[rows]
+        for rows, here, at in _passes(mean, dispersion, found, tables, any(wanted)):
+            means, sizes = mean[rows], _rows_of(dispersion, rows)
             closed = -gate if gate.dim() == 1 else -gate[rows]  # log odds of no extra zero
             pick = closed.index_select(0, here.gene) if gate.dim() == 1 else closed.view(-1).index_select(0, here.index)
-            at = _entries(means, sizes, here, tables, any(wanted))
             dense = _Pass(means, sizes, tables, room.of(rows))
             counted = torch.addcmul(closed, dense.log1p, sizes, value=-1.0)
             # To look at it would make a GPU wait.
@@ -373,7 +407,7 @@ class _LogZINB(_LogCounts):
             dense.leave_out(here, at.exact)
             if summed:
                 extra = chance.sum(-1) if here.mask is None else chance @ here.mask.to(chance)
-                value[rows] = dense.zeros(here, True).add_(_row_sums(_measured(at.rise, here), here.ends)).add_(extra)
+                value[rows] = dense.zeros(here, True).add_(at.sums).add_(extra)
             else:
                 zero = dense.zeros(here, False)
                 _put(zero, here, zero.view(-1).index_select(0, here.index).add_(at.rise))
@@ -407,7 +441,7 @@ class _LogPoisson(_LogCounts):
             dense.view(-1).index_fill_(0, found.index.index_select(0, large), 0.0)
         if summed:
             zero = dense.sum(-1) if found.mask is None else dense @ found.mask.to(dense)
-            value = _row_sums(_measured(at, found), found.ends).sub_(zero)
+            value = _row_sums(at, found).sub_(zero)
         else:
             value = -dense
             value = _put(value, found, value.view(-1).index_select(0, found.index).add_(at))

@@ -13,6 +13,7 @@ level instead of one weight a level.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .cells import Cells
+from .counts import carried
 from .errors import ProgramError
 from .parts import Part
 from .schema import Schema
@@ -118,17 +120,56 @@ class Norm(nn.Module):
         return rows.view(hidden.shape)
 
 
+# Share of non-zeros up to which a product at these alone is the quicker, without gradients. With them it is not, at
+# any share: turning a mini-batch around for the weight's gradient costs what is saved (benchmarks/first_layer.py).
+_SPARSE = 0.15
+
+
+class GeneLinear(nn.Linear):
+    """``nn.Linear`` on values of genes and further columns side by side; quicker where most values are zero.
+
+    Outside training, values that carry their non-zeros (`Cells.log1p`) are multiplied at these alone, on a CPU with
+    MKL and where they are few.
+    """
+
+    def forward(self, values: Tensor, others: Tensor | None = None) -> Tensor:
+        found = carried(values)
+        if (
+            found is None
+            or torch.is_grad_enabled()
+            or values.dim() != 2
+            or values.device.type != "cpu"
+            or not torch.backends.mkl.is_available()
+            or len(found.index) > _SPARSE * values.numel()
+        ):
+            return super().forward(join(values, others))
+        n, n_genes = values.shape
+        start = torch.cat([found.ends.new_zeros(1), found.ends])
+        with warnings.catch_warnings():  # torch calls its CSR "beta", once a process
+            warnings.simplefilter("ignore", UserWarning)
+            rows = torch.sparse_csr_tensor(start, found.gene, found.count, size=(n, n_genes), check_invariants=False)
+        columns = self.weight.t().contiguous()
+        product = (rows @ columns[:n_genes]).add_(self.bias)
+        return product if others is None else product.addmm_(others, columns[n_genes:])
+
+
 class Layer(nn.Module):
     """One hidden layer: linear, norm, ReLU, dropout."""
 
-    def __init__(self, n_in: int, n_hidden: int, dropout: float, norm: str | None, n_conditions: int) -> None:
+    def __init__(
+        self, n_in: int, n_hidden: int, dropout: float, norm: str | None, n_conditions: int, genes: bool = False
+    ) -> None:
         super().__init__()
-        self.linear = nn.Linear(n_in, n_hidden)
+        self.linear = GeneLinear(n_in, n_hidden) if genes else nn.Linear(n_in, n_hidden)
         self.norm = None if norm is None else Norm(norm, n_hidden, n_conditions)
         self.dropout = dropout
 
-    def forward(self, values: Tensor, conditions: Tensor | None) -> Tensor:
-        hidden = self.linear(values)
+    def forward(self, values: Tensor, joined: Tensor | None, conditions: Tensor | None) -> Tensor:
+        """``joined`` are columns beside the values, ``conditions`` those that move the norm."""
+        if isinstance(self.linear, GeneLinear):
+            hidden = self.linear(values, joined)
+        else:
+            hidden = self.linear(join(values, joined))
         hidden = hidden if self.norm is None else self.norm(hidden, conditions)
         return nn.functional.dropout(hidden.relu(), self.dropout, self.training)
 
@@ -141,12 +182,16 @@ class Layers(nn.ModuleList):
     """
 
     def __init__(
-        self, n_in: int, n_covariates: int, way: str, n_hidden: int, n_layers: int, dropout: float, norm: str | None
-    ) -> None:
+        self, n_in: int, n_covariates: int, way: str, n_hidden: int, n_layers: int, dropout: float, norm: str | None,
+        genes: bool = False,
+    ) -> None:  # fmt: skip
         self.way = way if n_covariates else "none"
         conditions = n_covariates if self.way == "norm" else 0
         super().__init__(
-            Layer((n_hidden if i else n_in) + self._joins(i) * n_covariates, n_hidden, dropout, norm, conditions)
+            Layer(
+                (n_hidden if i else n_in) + self._joins(i) * n_covariates, n_hidden, dropout, norm, conditions,
+                genes and i == 0,
+            )  # fmt: skip
             for i in range(n_layers)
         )
 
@@ -155,8 +200,8 @@ class Layers(nn.ModuleList):
 
     def forward(self, values: Tensor, covariates: Tensor | None) -> Tensor:
         for i, layer in enumerate(self):
-            values = join(values, covariates) if self._joins(i) else values
-            values = layer(values, covariates if self.way == "norm" else None)
+            joined = covariates if self._joins(i) else None
+            values = layer(values, joined, covariates if self.way == "norm" else None)
         return values
 
 
@@ -227,8 +272,9 @@ class Encoder(Part):
         self.covariates = _covariates(schema, a["covariates"], a["embedding"])
         width = self.covariates.width if self.covariates else 0
         self.layers = Layers(
-            schema.n_genes, width, str(a["covariates"]), a["n_hidden"], a["n_layers"], a["dropout"], a["norm"]
-        )
+            schema.n_genes, width, str(a["covariates"]), a["n_hidden"], a["n_layers"], a["dropout"], a["norm"],
+            genes=True,
+        )  # fmt: skip
         if a["n_latent"] is not None:
             self.loc = nn.Linear(a["n_hidden"], a["n_latent"])
             self.log_variance = nn.Linear(a["n_hidden"], a["n_latent"])

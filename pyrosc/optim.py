@@ -26,8 +26,16 @@ class FusedClippedAdam(ClippedAdam):
     the two agree with eps / sqrt(1 - beta2^t) handed to torch's. ``centered_variance=True`` takes Pyro's own steps.
     """
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; answers what ``closure`` does."""
+    def __init__(self, params: Any, *args: Any, **options: Any) -> None:
+        super().__init__(params, *args, **options)
+        self._counts: dict[nn.Parameter, tuple[int, Tensor]] = {}
+
+    def step(self, closure: Callable[[], Any] | None = None, *, norm: float = math.inf) -> Any:
+        """One step; answers what ``closure`` does.
+
+        ``norm``, a bound on every element of the gradients where one is known (their 2-norm is), saves the
+        clamping that would change nothing.
+        """
         if any(group["centered_variance"] for group in self.param_groups):
             return super().step(closure)
         loss = None if closure is None else closure()
@@ -39,6 +47,8 @@ class FusedClippedAdam(ClippedAdam):
                 if p.grad is not None:
                     by_step.setdefault(self._started(p)["step"], []).append(p)
             for step, parameters in by_step.items():
+                if norm > group["clip_norm"]:
+                    nn.utils.clip_grad_value_(parameters, group["clip_norm"])
                 self._fused(group, parameters, step + 1)
         return loss
 
@@ -49,17 +59,26 @@ class FusedClippedAdam(ClippedAdam):
         return state
 
     def _fused(self, group: dict[str, Any], parameters: list[nn.Parameter], step: int) -> None:
-        nn.utils.clip_grad_value_(parameters, group["clip_norm"])
         states = [self.state[p] for p in parameters]
         for state in states:
             state["step"] = step
         beta1, beta2 = group["betas"]
         gradients: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
         first, second = ([s[name] for s in states] for name in ("exp_avg", "exp_avg_sq"))
-        done = [torch.full((), step - 1.0, device=p.device) for p in parameters]
         with torch.no_grad():
             adam(
-                list(parameters), gradients, first, second, [], done,
+                list(parameters), gradients, first, second, [], self._steps_done(parameters, step - 1),
                 fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
                 eps=group["eps"] / math.sqrt(1 - beta2**step), maximize=False,
             )  # fmt: skip
+
+    def _steps_done(self, parameters: list[nn.Parameter], step: int) -> list[Tensor]:
+        """Torch's own count of the steps of each, which its call raises by one."""
+        counts = []
+        for p in parameters:
+            known, count = self._counts.get(p, (-1, None))
+            if known != step or count is None:
+                count = torch.full((), float(step), device=p.device)
+            self._counts[p] = step + 1, count
+            counts.append(count)
+        return counts

@@ -437,8 +437,9 @@ class _Run:
             if not bool(torch.isfinite(loss)):
                 raise self._failure(batch, f"the loss became {loss.item():g} at step {self.step}")
             loss.backward()
-            if self._gradient_is_finite(parameters):
-                optimizer.step()
+            norm = self._gradient_norm(parameters)
+            if math.isfinite(norm):
+                optimizer.step(norm=norm)
                 self.skipped_in_row = 0
             else:
                 self.skipped += 1
@@ -484,9 +485,9 @@ class _Run:
         return looked
 
     @staticmethod
-    def _gradient_is_finite(parameters: Sequence[Tensor]) -> bool:
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
+    def _gradient_norm(parameters: Sequence[Tensor]) -> float:
+        """2-norm of the whole gradient."""
+        return float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
 
     # ---- when it goes wrong -------------------------------------------------------------------
 

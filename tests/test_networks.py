@@ -2,6 +2,7 @@
 
 import warnings
 
+import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
@@ -19,6 +20,7 @@ from pyrosc import (
     PyroscWarning,
     ZINBLikelihood,
 )
+from pyrosc.counts import nonzeros
 from pyrosc.networks import Covariates
 
 from .conftest import small
@@ -244,3 +246,40 @@ def test_without_columns_nothing_enters():
         decoder = tiny(plain, decoder=Decoder(3, 8, covariates=way)).parts["decoder"]
         assert decoder.covariates is None
         assert decoder(torch.zeros(20, 3), plain)[0].shape == (20, 30)
+
+
+# ---- the first layer, at the non-zero counts alone ---------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sparse_cells():
+    counts = np.random.default_rng(0).poisson(0.03, (50, 400)) + np.eye(50, 400, dtype=int)
+    counts[0] += 1
+    return Cells.from_counts(counts, batch=np.array(["a", "b"])[np.arange(50) % 2])
+
+
+@pytest.mark.parametrize("way", [False, "first", "deep", "norm"])
+def test_the_sparse_first_layer_is_the_dense_one(sparse_cells, monkeypatch, way):
+    encoder = tiny(sparse_cells, encoder=Encoder(3, 16, covariates=way, embedding=1)).parts["encoder"]
+    made = []
+    make = torch.sparse_csr_tensor
+    monkeypatch.setattr(torch, "sparse_csr_tensor", lambda *a, **k: (made.append(1), make(*a, **k))[1])
+
+    dense = encoder(sparse_cells.running())
+    with torch.no_grad():
+        quick = encoder(sparse_cells.running())
+        alone = encoder(sparse_cells[:1].running())  # its cell has a count of every gene
+
+    assert made == [1]  # in the second alone
+    for a, b, c in zip(dense, quick, alone, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a[:1], c, rtol=1e-4, atol=1e-5)
+
+
+def test_log_counts_carry_their_entries_until_they_are_edited(sparse_cells):
+    logs = sparse_cells.log1p()
+    carried = nonzeros(logs)
+
+    assert torch.equal(carried.count, logs.view(-1)[carried.index])
+    logs[0, 0] = 5.0
+    assert nonzeros(logs).count[0] == 5.0

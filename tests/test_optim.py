@@ -74,3 +74,23 @@ def test_a_closure_is_called_and_answered():
     before = [p.detach().clone() for p in own]
     assert optimizer.step(closure) == 3.0
     assert all((a < b).all() for a, b in zip(own, before))
+
+
+def test_a_known_norm_saves_clamping_and_changes_nothing():
+    def descend_with(norms, clip_norm):
+        own = parameters(torch.float32)
+        optimizer = FusedClippedAdam(own, lr=0.1, clip_norm=clip_norm)
+        torch.manual_seed(3)
+        for _ in range(5):
+            for p in own:
+                p.grad = torch.randn_like(p)
+            size = float(torch.nn.utils.get_total_norm([p.grad for p in own]))
+            optimizer.step(**({"norm": norms(size)} if norms else {}))
+        return own
+
+    def equal(one, other):
+        return all(torch.equal(a, b) for a, b in zip(one, other))
+
+    for clip_norm in (0.5, 1e4):
+        assert equal(descend_with(lambda size: size, clip_norm), descend_with(None, clip_norm))
+    assert not equal(descend_with(lambda size: 0.1, 0.5), descend_with(None, 0.5))  # a bound that is none

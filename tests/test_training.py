@@ -17,6 +17,7 @@ from torch import nn
 
 import pyrosc
 from pyrosc import Cells, FitError, NBLikelihood, Part, PoissonLikelihood, Prior, Program, PyroscWarning, ZINBLikelihood
+from pyrosc.counts import nonzeros
 from pyrosc.distributions import Poisson
 from pyrosc.elbo import elbo_terms
 from pyrosc.loading import blocks, minibatches
@@ -312,6 +313,26 @@ def test_blocks_are_whole_data_sets_in_order(cells):
     assert torch.equal(torch.cat([b.library for b in found]), cells.library)
     assert all(b.total == len(b) for b in found)
     assert len(found) > 1
+
+
+@pytest.mark.parametrize("window", [1, 3_000, 10**9])
+def test_minibatches_cut_from_a_window_are_those_gathered_alone(cells, monkeypatch, window):
+    monkeypatch.setattr("pyrosc.loading._WINDOW", window)
+    some = cells[50:150].do(batch=cells.schema.batch.levels[0])
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(1))
+
+    found = list(minibatches(some, 7, torch.Generator().manual_seed(1)))
+
+    assert sum(map(len, found)) == 100
+    for batch, rows in zip(found, order.tensor_split(15), strict=True):
+        alone = some.minibatch(rows)
+        assert batch.total == alone.total == 100
+        assert torch.equal(batch.x, alone.x)
+        assert torch.equal(batch.log1p(), alone.log1p())
+        assert torch.equal(batch.library, alone.library)
+        assert torch.equal(batch.batch, alone.batch)
+        for mine, theirs in zip(nonzeros(batch.x)[:4], nonzeros(alone.x.clone())[:4]):
+            assert torch.equal(mine, theirs)
 
 
 def test_epochs_follow_the_number_of_cells():
