@@ -16,6 +16,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -613,12 +614,12 @@ class Cells:
 
     def minibatches(self, rows: Tensor, cuts: Sequence[int]) -> Iterator[Cells]:
         """Consecutive mini-batches ``rows[cuts[i]:cuts[i + 1]]``, gathered in one go and cut apart."""
-        taken = self.rows(rows, whole=False)
-        if self._counts is None or taken._rows is None:
-            blocks: Any = (None if taken._x is None else taken._x[a:b] for a, b in zip(cuts, cuts[1:]))
+        taken: Any = self.rows(rows, whole=False)
+        if self._counts is None:
+            blocks: Any = (None if taken._x is None else taken._x[a:b] for a, b in pairwise(cuts))
         else:
             blocks = self._counts.window(taken._rows, self.dtype, cuts, self.gene_mask)
-        for first, last, x in zip(cuts, cuts[1:], blocks):
+        for (first, last), x in zip(pairwise(cuts), blocks):
             here = slice(first, last)
             yield taken._copy(
                 library=taken.library[here], size_factor=None if taken.size_factor is None else taken.size_factor[here],

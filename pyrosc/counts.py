@@ -136,15 +136,17 @@ class CountMatrix:
         x.view(-1).index_copy_(0, index, count)
         return carry(x, Nonzeros(index, gene, count, length.cumsum(0), mask))
 
-    def window(self, rows: Tensor, dtype: torch.dtype, cuts: Sequence[int], mask: Tensor | None = None) -> Iterator[Tensor]:
-        """Rows as dense blocks one after the other, ``cuts[i]`` to ``cuts[i + 1]``; as `dense`, but gathered in one go."""
+    def window(
+        self, rows: Tensor, dtype: torch.dtype, cuts: Sequence[int], mask: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        """Rows as dense blocks, ``cuts[i]`` to ``cuts[i + 1]`` of them: as `dense`, but gathered in one go."""
         at, row, length = self._entries(rows)
         gene = self.indices[at].long()
         index = row.mul_(self.n_genes).add_(gene)
         count = self.data[at].to(dtype)
         ends = length.cumsum(0)
         bounds = torch.cat([ends.new_zeros(1), ends])[list(cuts)].tolist()
-        for first, last, low, high in zip(cuts, cuts[1:], bounds, bounds[1:]):
+        for first, last, low, high in zip(cuts, cuts[1:], bounds, bounds[1:], strict=False):
             here = index[low:high] - first * self.n_genes
             x = torch.zeros(last - first, self.n_genes, dtype=dtype, device=self.data.device)
             x.view(-1).index_copy_(0, here, count[low:high])

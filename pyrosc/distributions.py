@@ -62,8 +62,8 @@ class _Entries(NamedTuple):
     sums: Tensor
 
 
-def _in_full(x: Tensor, mean: Tensor, dispersion: Tensor, slopes: bool, large: bool = True) -> tuple[Tensor, ...]:
-    """log p(x) of the negative binomial, x > 0, all (m,); then its slopes in mean and dispersion.
+def _in_full(x: Tensor, mean: Tensor, dispersion: Tensor, slopes: bool, large: bool = True) -> tuple[Tensor, Any, Any]:
+    """log p(x) of the negative binomial, x > 0, all (m,); its slopes in mean and dispersion, None if not wanted.
 
     In float64: terms as large as x cancel, and these are few. ``large`` says that a dispersion may be above ``_LARGE``,
     where Gamma(x + d) / (Gamma(d) d^x) is taken by Stirling's series, because even float64 would cancel.
@@ -81,7 +81,7 @@ def _in_full(x: Tensor, mean: Tensor, dispersion: Tensor, slopes: bool, large: b
         rising = torch.where(beyond, series, rising)
     value = rising.sub_(torch.lgamma(x + 1)).add_(x * mean.log()).sub_(m * near_zero)
     if not slopes:
-        return (value.to(given),)
+        return value.to(given), None, None
     apart = x - mean
     by_mean = apart / mean * (dispersion / both)
     rising = torch.digamma(top).sub_(torch.digamma(low))
@@ -122,9 +122,7 @@ def _log_factorials(like: Tensor) -> Tensor:
     return torch.arange(1, _FEW + 2, dtype=like.dtype, device=like.device).lgamma().unsqueeze(-1)
 
 
-def _entries(
-    mean: Tensor, dispersion: Tensor, found: Nonzeros, tables: _Tables | None, slopes: bool
-) -> _Entries:
+def _entries(mean: Tensor, dispersion: Tensor, found: Nonzeros, tables: _Tables | None, slopes: bool) -> _Entries:
     """Log densities and slopes at the non-zero counts of a block (n, G)."""
     mu, x = mean.view(-1).index_select(0, found.index), found.count
     if dispersion.dim() == 1:
@@ -132,8 +130,8 @@ def _entries(
     else:
         size = dispersion.view(-1).index_select(0, found.index)
     if tables is None:
-        value, *both = _in_full(x, mu, size, slopes)
-        return _Entries(value, *(both or (None, None)), None, _row_sums(value, found))
+        value, by_mean, by_dispersion = _in_full(x, mu, size, slopes)
+        return _Entries(value, by_mean, by_dispersion, None, _row_sums(value, found))
     entry = x.clamp(max=_FEW).long().mul_(len(dispersion)).add_(found.gene)
     ratio = mu / size
     inverse = (ratio + 1.0).reciprocal_()
@@ -149,11 +147,12 @@ def _entries(
         by_dispersion.add_(tables.slope.index_select(0, entry)).add_(seen.mul_(ratio).div_(size))
     large = (x > _FEW).nonzero().squeeze(-1)
     if len(large):
-        value, *both = _in_full(*(t.index_select(0, large) for t in (x, mu, size)), slopes, tables.is_wide)
+        few = [t.index_select(0, large) for t in (x, mu, size)]
+        value, few_by_mean, few_by_dispersion = _in_full(few[0], few[1], few[2], slopes, tables.is_wide)
         rise.index_copy_(0, large, value)
         if by_mean is not None and by_dispersion is not None:
-            by_mean.index_copy_(0, large, both[0])
-            by_dispersion.index_copy_(0, large, both[1])
+            by_mean.index_copy_(0, large, few_by_mean)
+            by_dispersion.index_copy_(0, large, few_by_dispersion)
     return _Entries(rise, by_mean, by_dispersion, large, _row_sums(rise, found))
 
 
@@ -185,10 +184,17 @@ def _passes(
         if at.exact is not None and len(at.exact):
             exact = torch.searchsorted(at.exact, torch.tensor(highs)).tolist()
         for (inner, piece), low, high, first, last in zip(pieces, [0, *highs], highs, [0, *exact], exact):
-            values = (None if t is None else t[low:high] for t in at[:3])
-            known = at.exact if at.exact is None else at.exact[first:last] - low
-            sums = at.sums[inner]
-            yield slice(start + inner.start, start + inner.stop), piece, _Entries(*values, known, sums)  # type: ignore[arg-type]
+            yield (
+                slice(start + inner.start, start + inner.stop),
+                piece,
+                _Entries(
+                    at.rise[low:high],
+                    None if at.by_mean is None else at.by_mean[low:high],
+                    None if at.by_dispersion is None else at.by_dispersion[low:high],
+                    None if at.exact is None else at.exact[first:last] - low,
+                    at.sums[inner],
+                ),
+            )
 
 
 def _cut(found: Nonzeros, n_rows: int, n_genes: int, most: int) -> Iterator[tuple[slice, Nonzeros]]:
@@ -285,7 +291,7 @@ def _mask(values: Tensor, found: Nonzeros) -> Tensor:
 
 
 def _to_rows(grad: Tensor, slope: Tensor, summed: bool) -> Tensor:
-    """Incoming gradient (n,) or (n, G) times slope (n, G); the gradient is one number a row where the row was summed."""
+    """Incoming gradient times slope (n, G); the gradient is one number a row where the row was summed."""
     return slope * (grad.unsqueeze(-1) if summed else grad)
 
 
@@ -323,14 +329,14 @@ class _Room:
         self.passing: list[Tensor | None] = [None, None]
 
     def of(self, rows: slice) -> list[Tensor]:
-        """Both for these rows."""
+        """Both for these rows; the first block of rows is the largest."""
         n = rows.stop - rows.start
         blocks = []
         for i, kept in enumerate(self.kept[:2]):
-            if kept is None and self.passing[i] is None:
-                self.passing[i] = self.mean.new_empty(n, self.mean.shape[1])
             passing = self.passing[i]
-            blocks.append(kept[rows] if kept is not None else passing[:n])
+            if kept is None and passing is None:
+                passing = self.passing[i] = self.mean.new_empty(n, self.mean.shape[1])
+            blocks.append(kept[rows] if kept is not None else passing[:n])  # type: ignore[index]
         return blocks
 
 

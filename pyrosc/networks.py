@@ -189,9 +189,13 @@ class Layers(nn.ModuleList):
         conditions = n_covariates if self.way == "norm" else 0
         super().__init__(
             Layer(
-                (n_hidden if i else n_in) + self._joins(i) * n_covariates, n_hidden, dropout, norm, conditions,
+                (n_hidden if i else n_in) + self._joins(i) * n_covariates,
+                n_hidden,
+                dropout,
+                norm,
+                conditions,
                 genes and i == 0,
-            )  # fmt: skip
+            )
             for i in range(n_layers)
         )
 

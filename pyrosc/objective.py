@@ -81,7 +81,6 @@ class MeanFieldELBO(TraceMeanField_ELBO):
         ]
         return particles[0] if self.num_particles == 1 else sum(particles, torch.zeros(())) / self.num_particles
 
-
     def kl_terms(self, total: int) -> dict[str, Tensor]:
         """Nats per cell of each site's KL in the last run, at weight 1; of global sites, over ``total`` cells."""
         n = self.num_particles if self.vectorize_particles else 1

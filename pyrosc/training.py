@@ -1,9 +1,8 @@
 """fit: stochastic variational inference of any Program, in nats per cell.
 
 The objective is Pyro's ``TraceMeanField_ELBO`` in a leaner form (`objective`), divided by the number of cells, the
-optimiser Pyro's ``ClippedAdam`` used as a torch optimiser, in its fused form (`optim`). Warm-up of the KL terms is a messenger
-around model and guide and always ends at weight 1; early stopping looks only at epochs
-at weight 1.
+optimiser Pyro's ``ClippedAdam`` used as a torch optimiser, in its fused form (`optim`). Warm-up of the KL terms is a
+messenger around model and guide and always ends at weight 1; early stopping looks only at epochs at weight 1.
 """
 
 from __future__ import annotations
@@ -316,7 +315,7 @@ class _Run:
         self.seconds = 0.0
         self.settings: dict[str, Any] = {"n_cells": len(train), "n_held_out": 0 if held_out is None else len(held_out)}
         self.good = self._weights()
-        self.elbo = MeanFieldELBO(max_plate_nesting=program.n_plates) if objective is None else objective
+        self.elbo: Any = MeanFieldELBO(max_plate_nesting=program.n_plates) if objective is None else objective
         self.settings["objective"] = type(self.elbo).__name__
         self.kl = KLWeight(keep=not isinstance(self.elbo, MeanFieldELBO))
         self.model, self.guide = self.kl(program.model), self.kl(program.guide)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from pyrosc.counts import Nonzeros, carry, nonzeros
+from pyrosc.counts import carry, nonzeros
 from pyrosc.distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 
 mpmath.mp.dps = 40

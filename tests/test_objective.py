@@ -12,8 +12,16 @@ from pyro.optim import ClippedAdam
 
 import pyrosc
 from pyrosc import (
-    FlowPrior, GeneDispersion, InverseSqrtPrior, LatentLibrary, MixturePrior, PoissonLikelihood, Prior, Program,
-    VampPrior, ZINBLikelihood,
+    FlowPrior,
+    GeneDispersion,
+    InverseSqrtPrior,
+    LatentLibrary,
+    MixturePrior,
+    PoissonLikelihood,
+    Prior,
+    Program,
+    VampPrior,
+    ZINBLikelihood,
 )  # fmt: skip
 from pyrosc.elbo import elbo_terms
 from pyrosc.objective import MeanFieldELBO, still
@@ -34,7 +42,7 @@ def masked_and_scaled(cells):
             z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
             with poutine.mask(mask=cells.batch == 0):
                 pyro.sample("depth", dist.Normal(z.sum(-1), 1.0), obs=cells.library.squeeze(-1).log())
-            rho, hidden = decoder(z, cells)
+            rho, _ = decoder(z, cells)
             with poutine.scale(scale=0.5):
                 pyro.sample("x", likelihood(cells.library * rho), obs=cells.x)
         with poutine.scale(scale=3.0):
