@@ -23,6 +23,7 @@ import torch
 
 import pyrosc
 from pyrosc import Cells
+from pyrosc.loading import n_batches_of
 
 SETTINGS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("defaults", {}, {}),
@@ -36,6 +37,17 @@ SETTINGS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("batch_size=64", {}, {"batch_size": 64}),
     ("dropout=0", {"dropout": 0.0}, {}),
     ("constant lr", {}, {"schedule": "constant"}),
+    ("lr=5e-3", {}, {"lr": 5e-3}),
+    ("warmup=0.1", {}, {"warmup": 0.1}),
+    ("warmup=0.6", {}, {"warmup": 0.6}),
+    ("batch_size=256, as many epochs", {}, {"batch_size": 256, "steps": 300}),
+    ("batch_size=256, as many steps", {}, {"batch_size": 256}),
+    ("1,200 steps", {}, {"steps": 1200}),
+    ("1,200 steps, lr=5e-3", {}, {"steps": 1200, "lr": 5e-3}),
+    ("Vamp 50", {"prior": pyrosc.VampPrior(50)}, {"steps": 600}),
+    ("Vamp 50, 1,200 steps", {"prior": pyrosc.VampPrior(50)}, {"steps": 1200}),
+    ("flow", {"prior": pyrosc.FlowPrior()}, {"steps": 600}),
+    ("flow, 1,200 steps", {"prior": pyrosc.FlowPrior()}, {"steps": 1200}),
 ]
 
 
@@ -58,6 +70,9 @@ def run(cells: Cells, split: int, program: dict[str, Any], fit: dict[str, Any]) 
     held, keep = order[:tenth], np.sort(np.r_[order[:tenth], order[2 * tenth :]])
     if fit.get("weight_decay"):
         fit = fit | {"weight_decay": fit["weight_decay"] / (len(keep) - tenth)}
+    if "steps" in fit:
+        n_batches = n_batches_of(len(keep) - tenth, fit.get("batch_size", 128))
+        fit["epochs"] = max(1, round(fit.pop("steps") / n_batches))
     began = time.perf_counter()
     result = pyrosc.fit(
         pyrosc.scvi(cells, seed=split, **program), cells[keep], seed=split, progress=False,
@@ -72,6 +87,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", nargs="+", help="settings whose name starts so")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(given.threads)
@@ -81,6 +97,8 @@ def main() -> None:
     lines = ["| setting | " + " | ".join(f"{n} ({len(sets[n]):,} cells)" for n in names) + " |", "|---" * 4 + "|"]
     print("\n".join(lines))
     for label, program, fit in SETTINGS:
+        if given.only and not label.startswith(tuple(given.only)):
+            continue
         texts = []
         for name in names:
             found = [run(sets[name], split, dict(program), dict(fit)) for split in (0, 1)]

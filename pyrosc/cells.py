@@ -104,6 +104,7 @@ class Cells:
         self.codes, self.values, self.size_factor = codes, values, size_factor
         self._obs, self.gene_mask = obs, gene_mask
         self._rows: Tensor | None = None  # rows of _counts that are ours, None for all
+        self._is_away = False  # whether _counts stayed on the host while the rest is elsewhere
         self._x: Tensor | None = None
         self._plate: Any = None
         self._running = False
@@ -505,6 +506,11 @@ class Cells:
         return self.library if self.size_factor is None else self.size_factor
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the matrix of counts behind these cells."""
+        return 0 if self._counts is None else self._counts.nbytes
+
+    @property
     def counts_per_cell(self) -> float:
         """Non-zero counts of a row, on average over the matrix behind these cells."""
         return self._counts.nnz / max(len(self._counts), 1) if self._counts is not None else float(self.n_genes)
@@ -530,8 +536,16 @@ class Cells:
                     len(self) * self.n_genes * size, "the dense counts of these cells",
                     "Take fewer cells at a time: cells[:1000].",
                 )  # fmt: skip
-            self._x = self._counts.dense(rows, self.dtype, self.gene_mask)
+            counts, rows = self._gathered(rows)
+            self._x = counts.dense(rows, self.dtype, self.gene_mask)
         return self._x
+
+    def _gathered(self, rows: Tensor) -> tuple[CountMatrix, Tensor]:
+        """A matrix on these cells' device that holds the rows asked for, and where in it they are."""
+        counts: Any = self._counts
+        if not self._is_away:
+            return counts, rows
+        return counts.take(rows.cpu()).to(self.device), torch.arange(len(rows), device=self.device)
 
     def log1p(self) -> Tensor:
         """(N, G) log(1 + counts), what encoders read; carries its non-zero entries, as ``x`` does.
@@ -618,7 +632,8 @@ class Cells:
         if self._counts is None:
             blocks: Any = (None if taken._x is None else taken._x[a:b] for a, b in pairwise(cuts))
         else:
-            blocks = self._counts.window(taken._rows, self.dtype, cuts, self.gene_mask)
+            counts, at = self._gathered(taken._rows)
+            blocks = counts.window(at, self.dtype, cuts, self.gene_mask)
         for (first, last), x in zip(pairwise(cuts), blocks):
             here = slice(first, last)
             yield taken._copy(
@@ -771,8 +786,11 @@ class Cells:
         counts = read_counts(x, "x", names, self.schema.genes, "Pass whole counts.", [])
         return self._copy(_counts=counts.to(self.device), _rows=None, _x=None, kept=1.0)
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Cells:
-        """The same cells on another device, with dense values in another floating type."""
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None, *, keep_counts: bool = False) -> Cells:
+        """The same cells on another device, with dense values in another floating type.
+
+        With ``keep_counts`` the matrix of counts stays where it is, and its rows follow when they are asked for.
+        """
         dtype = dtype or self.dtype
 
         def move(t: Tensor | None) -> Tensor | None:
@@ -782,7 +800,8 @@ class Cells:
             dtype=dtype, library=move(self.library), size_factor=move(self.size_factor),
             codes={k: move(v) for k, v in self.codes.items()}, values={k: move(v) for k, v in self.values.items()},
             gene_mask=move(self.gene_mask), _rows=move(self._rows),
-            _counts=None if self._counts is None else self._counts.to(device),
+            _counts=self._counts if self._counts is None or keep_counts else self._counts.to(device),
+            _is_away=keep_counts,
             _x=None if self._counts is not None or self._x is None else self._x.to(device, dtype),
         )  # fmt: skip
 

@@ -27,6 +27,11 @@ _PIECE = 2**22  # entries that a pass over a matrix looks at in one go
 _ROOM = "pyrosc_nonzeros"  # attribute under which a dense block carries its Nonzeros
 
 
+def may_look(t: Tensor) -> bool:
+    """Whether looking at a number of ``t`` costs nothing; on a GPU the host would have to wait for it."""
+    return t.device.type == "cpu"
+
+
 class Nonzeros(NamedTuple):
     """Where a dense block (..., G) of counts is not zero.
 
@@ -108,7 +113,12 @@ class CountMatrix:
         return sum(t.numel() * t.element_size() for t in (self.indptr, self.indices, self.data))
 
     def to(self, device: torch.device | str) -> CountMatrix:
-        return CountMatrix(self.indptr.to(device), self.indices.to(device), self.data.to(device), self.n_genes)
+        """The same matrix elsewhere; towards a GPU by way of pinned memory, so that the host need not wait."""
+        parts = [self.indptr, self.indices, self.data]
+        if torch.device(device).type == "cuda" and parts[0].device.type == "cpu":
+            parts = [t.pin_memory() for t in parts]
+        indptr, indices, data = (t.to(device, non_blocking=True) for t in parts)
+        return CountMatrix(indptr, indices, data, self.n_genes)
 
     def _entries(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(position in ``data``, row in the block, lengths) of every entry of these rows, in order."""

@@ -34,7 +34,7 @@ from scipy import special
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .counts import Nonzeros, nonzeros
+from .counts import Nonzeros, may_look, nonzeros
 
 _LARGE = 1e5  # dispersion from which Stirling's series is exact in float64
 _POISSON = 1e30  # a larger dispersion changes nothing in float32 or float64, but overflows
@@ -174,11 +174,11 @@ def _passes(
 ) -> Iterator[tuple[slice, Nonzeros, _Entries]]:
     """Blocks of rows small enough for one dense pass, with what is to be said at their non-zero counts."""
     n_rows, n_genes = mean.shape
-    for rows, here in _cut(found, n_rows, n_genes, _PASS if mean.device.type == "cpu" else mean.numel()):
+    for rows, here in _cut(found, n_rows, n_genes, _PASS if may_look(mean) else mean.numel()):
         start = rows.start
         at = _entries(mean[rows], _rows_of(dispersion, rows), here, tables, slopes)
         low = 0
-        pieces = list(_cut(here, rows.stop - start, n_genes, _DENSE if mean.device.type == "cpu" else mean.numel()))
+        pieces = list(_cut(here, rows.stop - start, n_genes, _DENSE if may_look(mean) else mean.numel()))
         highs = [low := low + len(piece.index) for _, piece in pieces]
         exact = [0] * len(pieces)
         if at.exact is not None and len(at.exact):
@@ -342,7 +342,7 @@ class _Room:
 
 def _tables_for(mean: Tensor, dispersion: Tensor) -> _Tables | None:
     """Tables need one dispersion a gene; picking out large counts would make a GPU wait."""
-    return _Tables(dispersion) if dispersion.dim() == 1 and mean.device.type == "cpu" else None
+    return _Tables(dispersion) if dispersion.dim() == 1 and may_look(mean) else None
 
 
 class _LogNB(_LogCounts):
@@ -402,8 +402,7 @@ class _LogZINB(_LogCounts):
             pick = closed.index_select(0, here.gene) if gate.dim() == 1 else closed.view(-1).index_select(0, here.index)
             dense = _Pass(means, sizes, tables, room.of(rows))
             counted = torch.addcmul(closed, dense.log1p, sizes, value=-1.0)
-            # To look at it would make a GPU wait.
-            safe = mean.device.type == "cpu" and counted.numel() > 0 and float(counted.min()) > _UNDERFLOW
+            safe = may_look(mean) and counted.numel() > 0 and float(counted.min()) > _UNDERFLOW
             chance = None if safe else _softplus(-counted) - _softplus(-closed)
             counted.sigmoid_()
             is_open = closed.sigmoid_() if safe else closed.sigmoid()
@@ -430,21 +429,30 @@ class _LogZINB(_LogCounts):
         return value
 
 
+def _whole_poisson(x: Tensor, mean: Tensor) -> Tensor:
+    """log p(x) of the Poisson, in float64: terms as large as x cancel."""
+    big, rate = x.double(), mean.double()
+    return (big * rate.log() - rate - torch.lgamma(big + 1)).to(mean.dtype)
+
+
 class _LogPoisson(_LogCounts):
     """mean (n, G)."""
 
     @staticmethod
     def forward(ctx: Any, mean: Tensor, found: Nonzeros, summed: bool) -> Tensor:
         mu, x = mean.view(-1).index_select(0, found.index), found.count
-        few = _log_factorials(mean).squeeze(-1)
-        at = x * mu.log() - few.index_select(0, x.clamp(max=_FEW).long())
         dense = mean
-        large = (x > _FEW).nonzero().squeeze(-1)
-        if len(large):
-            big, rate = x.index_select(0, large).double(), mu.index_select(0, large).double()
-            at.index_copy_(0, large, (big * rate.log() - rate - torch.lgamma(big + 1)).to(at.dtype))
-            dense = mean.clone()  # log p(x) is given whole there
-            dense.view(-1).index_fill_(0, found.index.index_select(0, large), 0.0)
+        if may_look(mean):
+            few = _log_factorials(mean).squeeze(-1)
+            at = x * mu.log() - few.index_select(0, x.clamp(max=_FEW).long())
+            large = (x > _FEW).nonzero().squeeze(-1)
+            if len(large):
+                at.index_copy_(0, large, _whole_poisson(x.index_select(0, large), mu.index_select(0, large)))
+                dense = mean.clone()  # log p(x) is given whole there
+                dense.view(-1).index_fill_(0, found.index.index_select(0, large), 0.0)
+        else:
+            at, dense = _whole_poisson(x, mu), mean.clone()
+            dense.view(-1).index_fill_(0, found.index, 0.0)
         if summed:
             zero = dense.sum(-1) if found.mask is None else dense @ found.mask.to(dense)
             value = _row_sums(at, found).sub_(zero)

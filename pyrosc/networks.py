@@ -29,6 +29,11 @@ from .schema import Schema
 WAYS = ("first", "deep", "norm")
 
 
+def one_hot(codes: Tensor, n: int) -> Tensor:
+    """(..., n) whether a code is 0, 1, ..., n - 1; torch's own looks at the codes first, for which a GPU would wait."""
+    return codes.unsqueeze(-1) == torch.arange(n, device=codes.device)
+
+
 class Covariates(nn.Module):
     """What networks see of the columns: (n, C), levels as one-hot or learned numbers, and standardised numbers.
 
@@ -54,7 +59,7 @@ class Covariates(nn.Module):
 
     def one_hot(self, cells: Cells) -> Tensor:
         """(n, n_columns) levels as one-hot and standardised numbers."""
-        pieces = [nn.functional.one_hot(cells.codes[name], n).to(cells.library) for name, n in self.factors]
+        pieces = [one_hot(cells.codes[name], n).to(cells.library) for name, n in self.factors]
         pieces += [cells.values[name].unsqueeze(-1) for name in self.columns]
         return torch.cat(pieces, -1) if pieces else cells.library.new_zeros(len(cells), 0)
 

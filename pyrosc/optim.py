@@ -30,11 +30,14 @@ class FusedClippedAdam(ClippedAdam):
         super().__init__(params, *args, **options)
         self._counts: dict[nn.Parameter, tuple[int, Tensor]] = {}
 
-    def step(self, closure: Callable[[], Any] | None = None, *, norm: float = math.inf) -> Any:
+    def step(
+        self, closure: Callable[[], Any] | None = None, *, norm: float = math.inf, bad: Tensor | None = None
+    ) -> Any:
         """One step; answers what ``closure`` does.
 
         ``norm``, a bound on every element of the gradients where one is known (their 2-norm is), saves the
-        clamping that would change nothing.
+        clamping that would change nothing. ``bad`` is 1.0 where the step is not to be taken, on the device, so that
+        the host need not look; the step counts as one all the same.
         """
         if any(group["centered_variance"] for group in self.param_groups):
             return super().step(closure)
@@ -49,7 +52,7 @@ class FusedClippedAdam(ClippedAdam):
             for step, parameters in by_step.items():
                 if norm > group["clip_norm"]:
                     nn.utils.clip_grad_value_(parameters, group["clip_norm"])
-                self._fused(group, parameters, step + 1)
+                self._fused(group, parameters, step + 1, bad)
         return loss
 
     def _started(self, p: nn.Parameter) -> dict[str, Any]:
@@ -58,7 +61,7 @@ class FusedClippedAdam(ClippedAdam):
             state |= {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         return state
 
-    def _fused(self, group: dict[str, Any], parameters: list[nn.Parameter], step: int) -> None:
+    def _fused(self, group: dict[str, Any], parameters: list[nn.Parameter], step: int, bad: Tensor | None) -> None:
         states = [self.state[p] for p in parameters]
         for state in states:
             state["step"] = step
@@ -69,7 +72,7 @@ class FusedClippedAdam(ClippedAdam):
             adam(
                 list(parameters), gradients, first, second, [], self._steps_done(parameters, step - 1),
                 fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
-                eps=group["eps"] / math.sqrt(1 - beta2**step), maximize=False,
+                eps=group["eps"] / math.sqrt(1 - beta2**step), maximize=False, found_inf=bad,
             )  # fmt: skip
 
     def _steps_done(self, parameters: list[nn.Parameter], step: int) -> list[Tensor]:

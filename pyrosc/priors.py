@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from .cells import Cells
 from .errors import ProgramError
 from .loading import blocks
+from .networks import one_hot
 from .parts import Part
 from .schema import Schema
 
@@ -277,7 +278,7 @@ class MixturePrior(Part):
         logits = self.logits
         component = dist.Normal(self.loc, self.log_scale.exp()).to_event(1)
         if self.arguments["labels"] and cells is not None:
-            known = nn.functional.one_hot(cells.label.clamp(min=0), len(logits)) * (cells.label >= 0).unsqueeze(-1)
+            known = one_hot(cells.label, len(logits))
             logits = logits + _SURE * known.to(logits)
             component = component.expand([len(cells), logits.shape[-1]])
         return dist.MixtureSameFamily(dist.Categorical(logits=logits), component)

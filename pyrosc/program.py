@@ -511,6 +511,20 @@ class Program(nn.Module):
                     "For the observed total use cells.library"
                 )
 
+    @property
+    def has_monte_carlo(self) -> bool:
+        """Whether the KL term of a site of each cell has no closed form."""
+        blank = self.blank(3)
+        with self.driven(self.seed), torch.no_grad():
+            guide, model = self.traces(blank)
+        drawn: dict[str, Any] = guide.nodes
+        return any(
+            name in drawn
+            and any(f.name == "cells" for f in site["cond_indep_stack"])
+            and analytic_kl(drawn[name]["fn"], site["fn"]) is None
+            for name, site in latent_sites(model).items()
+        )
+
     def _parts_line(self) -> str:
         return ", ".join(f"{name}={type(part).__name__}" for name, part in self.parts.items())
 

@@ -9,6 +9,7 @@ import torch
 from pyro import poutine
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.optim import ClippedAdam
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyrosc
 from pyrosc import (
@@ -25,6 +26,7 @@ from pyrosc import (
 )  # fmt: skip
 from pyrosc.elbo import elbo_terms
 from pyrosc.objective import MeanFieldELBO, still
+from pyrosc.optim import FusedClippedAdam
 
 
 @pytest.fixture(scope="module")
@@ -235,3 +237,113 @@ def test_objectives_that_cannot_be_used_are_refused(cells):
         quick(program, cells, objective=TraceMeanField_ELBO)
     with pytest.raises(ValueError, match="RenyiELBO has no differentiable_loss"):
         quick(program, cells, objective=RenyiELBO())
+
+
+# ---- what a GPU would do, on the CPU -----------------------------------------------------------
+
+
+class NoLooking(TorchDispatchMode):
+    """Fails on what would make the host wait for a GPU: reading a number, or a shape that depends on numbers."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "is_nonzero", "equal")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert name not in self.WAITS, f"a step looked at a number: {name}"
+        return function(*args, **(kwargs or {}))
+
+
+def blind(monkeypatch):
+    for module in ("counts", "distributions", "training"):
+        monkeypatch.setattr(f"pyrosc.{module}.may_look", lambda t: False)
+
+
+@pytest.mark.parametrize("story", ["NB", "ZINB", "Poisson", "mixture", "latent library", "global site"])
+def test_a_step_looks_at_no_number(cells, story, monkeypatch):
+    stories = STORIES | {"Poisson": scvi(likelihood=PoissonLikelihood)}
+    program, batch, objective = stories[story](cells), cells.minibatch(torch.arange(20)), MeanFieldELBO()
+    optimizer = FusedClippedAdam(program.parameters(), lr=0.01)
+    batch.x  # gathered by the window
+    expected = value_and_gradient(program, objective, batch)
+
+    blind(monkeypatch)
+    with program.driven(3, train=True), NoLooking():
+        loss = objective.differentiable_loss(program.model, program.guide, batch) / batch.total
+        objective.kl_terms(batch.total)
+        loss.backward()
+        gradients = [p.grad.clone() for p in program.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        optimizer.step(bad=1.0 - torch.isfinite(norm).float())
+
+    assert float(loss) * batch.total == pytest.approx(expected[0], rel=1e-5)
+    for g, e in zip(gradients, expected[1], strict=True):
+        torch.testing.assert_close(g * batch.total, e, rtol=1e-3, atol=1e-3 * float(e.abs().max()) + 1e-6)
+
+
+def test_a_step_that_looks_is_caught(cells, monkeypatch):
+    program, batch = STORIES["NB"](cells), cells.minibatch(torch.arange(20))
+
+    with program.driven(3, train=True), NoLooking(), pytest.raises(AssertionError, match="looked at a number"):
+        MeanFieldELBO().differentiable_loss(program.model, program.guide, batch)  # may look, and does
+
+
+def test_a_fit_that_does_not_look_is_the_same_fit(cells, monkeypatch):
+    options = dict(epochs=4, batch_size=32, warmup=0.0)
+    seeing = quick(STORIES["NB"](cells), cells, **options)
+    blind(monkeypatch)
+    unseeing = quick(STORIES["NB"](cells), cells, **options)
+
+    assert unseeing.history["validation_elbo"].tolist() == pytest.approx(
+        seeing.history["validation_elbo"].tolist(), rel=2e-3
+    )
+
+
+@pytest.mark.parametrize("sees", [True, False])
+def test_a_step_with_a_bad_gradient_is_left_out(cells, monkeypatch, sees):
+    if not sees:
+        blind(monkeypatch)
+    program, at = STORIES["NB"](cells), []
+
+    def spoil(gradient):
+        at.append(1)
+        return gradient * float("nan") if len(at) in (5, 7) else gradient
+
+    def hooked(cells, *, encoder):
+        loc, scale = encoder(cells)
+        if loc.requires_grad:
+            loc.register_hook(spoil)
+        with cells.plate():
+            pyro.sample("z", dist.Normal(loc, scale).to_event(1))
+
+    parts = {name: part for name, part in program.parts.items()}
+    fit = quick(Program(pyrosc.models.scvi.model, cells, hooked, **parts), cells, epochs=2, batch_size=16)
+
+    # Two runs before the first step (an estimate of its time) call the hook too.
+    assert fit.settings["skipped_steps"] == 2
+    assert all(bool(torch.isfinite(p).all()) for p in fit.program.parameters())
+
+
+def test_ten_bad_steps_end_the_fit_also_unseen(cells, monkeypatch):
+    blind(monkeypatch)
+
+    def broken(cells, *, encoder):
+        loc, scale = encoder(cells)
+        if loc.requires_grad:
+            loc.register_hook(lambda gradient: gradient * float("nan"))
+        with cells.plate():
+            pyro.sample("z", dist.Normal(loc, scale).to_event(1))
+
+    parts = {name: part for name, part in STORIES["NB"](cells).parts.items()}
+    with pytest.raises(pyrosc.FitError, match="not finite for 10 steps"):
+        quick(Program(pyrosc.models.scvi.model, cells, broken, **parts), cells, epochs=4, batch_size=16)
+
+
+def test_counts_that_stay_on_the_host_give_the_same_fit(cells, monkeypatch):
+    near = quick(STORIES["NB"](cells), cells, epochs=2, batch_size=32)
+    monkeypatch.setattr("pyrosc.training._counts_stay", lambda cells, place: True)
+    far = quick(STORIES["NB"](cells), cells, epochs=2, batch_size=32)
+
+    for a, b in zip(near.program.parameters(), far.program.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert near.settings["counts"] == "cpu"
+    assert far.settings["counts"] == "host, moved as they are needed"
