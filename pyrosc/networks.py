@@ -13,7 +13,6 @@ level instead of one weight a level.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -125,16 +124,17 @@ class Norm(nn.Module):
         return rows.view(hidden.shape)
 
 
-# Share of non-zeros up to which a product at these alone is the quicker, without gradients. With them it is not, at
-# any share: turning a mini-batch around for the weight's gradient costs what is saved (benchmarks/first_layer.py).
-_SPARSE = 0.15
+# Where a product at the non-zeros alone is the quicker, without gradients: up to this share of them, from this many rows
+# (turning the weight around has to pay). With gradients it hardly is: what is saved forward is lost in the
+# gradient of the weight (benchmarks/first_layer.py).
+_SPARSE, _ROWS = 0.2, 256
 
 
 class GeneLinear(nn.Linear):
     """``nn.Linear`` on values of genes and further columns side by side; quicker where most values are zero.
 
-    Outside training, values that carry their non-zeros (`Cells.log1p`) are multiplied at these alone, on a CPU with
-    MKL and where they are few.
+    Outside training, values that carry their non-zeros (`Cells.log1p`) are multiplied at these alone, on a CPU and
+    where they are few.
     """
 
     def forward(self, values: Tensor, others: Tensor | None = None) -> Tensor:
@@ -143,19 +143,17 @@ class GeneLinear(nn.Linear):
             found is None
             or torch.is_grad_enabled()
             or values.dim() != 2
+            or len(values) < _ROWS
             or values.device.type != "cpu"
-            or not torch.backends.mkl.is_available()
             or len(found.index) > _SPARSE * values.numel()
         ):
             return super().forward(join(values, others))
-        n, n_genes = values.shape
-        start = torch.cat([found.ends.new_zeros(1), found.ends])
-        with warnings.catch_warnings():  # torch calls its CSR "beta", once a process
-            warnings.simplefilter("ignore", UserWarning)
-            rows = torch.sparse_csr_tensor(start, found.gene, found.count, size=(n, n_genes), check_invariants=False)
         columns = self.weight.t().contiguous()
-        product = (rows @ columns[:n_genes]).add_(self.bias)
-        return product if others is None else product.addmm_(others, columns[n_genes:])
+        starts = torch.cat([found.ends.new_zeros(1), found.ends[:-1]])
+        product = nn.functional.embedding_bag(
+            found.gene, columns[: values.shape[1]], starts, mode="sum", per_sample_weights=found.count
+        ).add_(self.bias)
+        return product if others is None else product.addmm_(others, columns[values.shape[1] :])
 
 
 class Layer(nn.Module):

@@ -263,7 +263,7 @@ def test_a_step_looks_at_no_number(cells, story, monkeypatch):
     stories = STORIES | {"Poisson": scvi(likelihood=PoissonLikelihood)}
     program, batch, objective = stories[story](cells), cells.minibatch(torch.arange(20)), MeanFieldELBO()
     optimizer = FusedClippedAdam(program.parameters(), lr=0.01)
-    batch.x  # gathered by the window
+    assert batch.x is not None  # gathered by the window, before the step
     expected = value_and_gradient(program, objective, batch)
 
     blind(monkeypatch)
@@ -315,7 +315,7 @@ def test_a_step_with_a_bad_gradient_is_left_out(cells, monkeypatch, sees):
         with cells.plate():
             pyro.sample("z", dist.Normal(loc, scale).to_event(1))
 
-    parts = {name: part for name, part in program.parts.items()}
+    parts = dict(program.parts.items())
     fit = quick(Program(pyrosc.models.scvi.model, cells, hooked, **parts), cells, epochs=2, batch_size=16)
 
     # Two runs before the first step (an estimate of its time) call the hook too.
@@ -333,7 +333,7 @@ def test_ten_bad_steps_end_the_fit_also_unseen(cells, monkeypatch):
         with cells.plate():
             pyro.sample("z", dist.Normal(loc, scale).to_event(1))
 
-    parts = {name: part for name, part in STORIES["NB"](cells).parts.items()}
+    parts = dict(STORIES["NB"](cells).parts.items())
     with pytest.raises(pyrosc.FitError, match="not finite for 10 steps"):
         quick(Program(pyrosc.models.scvi.model, cells, broken, **parts), cells, epochs=4, batch_size=16)
 
