@@ -31,14 +31,26 @@ def sites_of(trace: poutine.Trace) -> list[str]:
     ]
 
 
-def draw_guide(program: Program, block: Cells, n_draws: int | None = None) -> poutine.Trace:
-    """One run of the guide; with S draws of every site in front, or none."""
+def draw_guide(
+    program: Program, block: Cells, n_draws: int | None = None, shared: poutine.Trace | None = None
+) -> poutine.Trace:
+    """One run of the guide; with S draws of every site in front, or none. Sites of ``shared`` keep its values."""
 
     def guide(cells: Cells) -> None:
         with draws_plate(program, n_draws):
             program.guide(cells)
 
-    return poutine.trace(guide).get_trace(block)
+    return poutine.trace(guide if shared is None else poutine.replay(guide, trace=shared)).get_trace(block)
+
+
+def sites_of_all(guide: poutine.Trace) -> poutine.Trace:
+    """The part of a run that is of all cells together: its global sites."""
+    kept = poutine.Trace()
+    for name in sites_of(guide):
+        site: Any = guide.nodes[name]
+        if not in_cells(site):
+            kept.add_node(name, **site)
+    return kept
 
 
 def run_model(program: Program, guide: poutine.Trace, block: Cells, n_draws: int | None) -> poutine.Trace:
@@ -146,34 +158,56 @@ def _densities(program: Program, model: poutine.Trace, n_draws: int | None) -> d
 
 def by_draws(
     program: Program,
-    together: list[Cells],
+    read: Cells,
+    worlds: list[list[Cells]],
     n_draws: int,
     seed: int,
     ask: Callable[[Cells, poutine.Trace, int | None], Tensor],
-) -> Iterator[Tensor]:
-    """(S, n, ...) answers to runs of the model along posterior draws, averaged over worlds, block by block of cells.
+) -> Iterator[list[Tensor]]:
+    """(S, n, ...) answers to runs of the model along posterior draws, block by block of cells.
+
+    Draws of global sites are the same for every block, so that a draw of all cells is one of the joint posterior.
 
     Parameters
     ----------
-    together : cells to read, then the same cells in each world they are decoded in
+    read : cells whose posterior is drawn
+    worlds : the same cells in the worlds they are decoded in, in groups; answers are averaged within a group
+        Every world gets the same draws.
     ask : (cells decoded, trace of the model, S or None) -> (S, n, ...) or, for None, (1, n, ...)
         With S the trace holds S draws in front of the plates; with None it is the run of one draw.
+
+    Yields
+    ------
+    list of Tensor
+        One for each group.
     """
-    each = in_front(program, together[0], n_draws)
+    each = in_front(program, read, n_draws)
+    shared: list[poutine.Trace | None] = [None] * len(each)
+    sizes = [len(group) for group in worlds]
 
-    def answer(block: Cells, *decoded: Cells) -> Tensor:
-        guides = [with_discrete(program, draw_guide(program, block, n), block, n) for n in each]
-        total: Any = 0
-        for other in decoded:
-            total = total + torch.cat([ask(other, run_model(program, g, other, n), n) for g, n in zip(guides, each)])
-        return total / len(decoded)
+    def answer(block: Cells, *decoded: Cells) -> list[Tensor]:
+        guides = []
+        for i, n in enumerate(each):
+            guide = draw_guide(program, block, n, shared[i])
+            shared[i] = shared[i] if shared[i] is not None else sites_of_all(guide)
+            guides.append(with_discrete(program, guide, block, n))
+        others, found = iter(decoded), []
+        for size in sizes:
+            total: Any = 0
+            for _ in range(size):
+                other = next(others)
+                runs = [ask(other, run_model(program, g, other, n), n) for g, n in zip(guides, each)]
+                total = total + (runs[0] if len(runs) == 1 else torch.cat(runs))
+            found.append(total / size if size > 1 else total)
+        return found
 
-    return by_block(program, together, n_draws * 2 * program.n_combinations, seed, answer)
+    per_cell = n_draws * (1 + len(worlds)) * program.n_combinations
+    return by_block(program, [read, *(w for group in worlds for w in group)], per_cell, seed, answer)
 
 
 def by_block(
-    program: Program, together: list[Cells], per_cell: int, seed: int, ask: Callable[..., Tensor]
-) -> Iterator[Tensor]:
+    program: Program, together: list[Cells], per_cell: int, seed: int, ask: Callable[..., Any]
+) -> Iterator[Any]:
     """Answers for blocks of cells, each from a seed of its own; between them the world is as it was."""
     seed = checked_seed(seed)
     cells = together[0]
@@ -182,7 +216,7 @@ def by_block(
         4 * wide * per_cell * cells.n_genes, "the draws of one cell", "Ask for fewer draws at a time."
     )  # blocks of several cells are kept below this by themselves
 
-    def answers() -> Iterator[Tensor]:
+    def answers() -> Iterator[Any]:
         for i, block in enumerate(zip(*(blocks(cells, per_cell) for cells in together))):
             mixed = seed if i == 0 else int(np.random.SeedSequence([seed, i]).generate_state(1)[0])
             with program.driven(mixed), torch.no_grad():

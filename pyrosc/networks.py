@@ -124,8 +124,8 @@ class Norm(nn.Module):
         return rows.view(hidden.shape)
 
 
-# Where a product at the non-zeros alone is the quicker, without gradients: up to this share of them, from this many rows
-# (turning the weight around has to pay). With gradients it hardly is: what is saved forward is lost in the
+# Where a product at the non-zeros alone is the quicker, without gradients: up to this share of them, from this many
+# rows (turning the weight around has to pay). With gradients it hardly is: what is saved forward is lost in the
 # gradient of the weight (benchmarks/first_layer.py).
 _SPARSE, _ROWS = 0.2, 256
 

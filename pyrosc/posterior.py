@@ -43,16 +43,26 @@ class Fit:
         One row an epoch; see `fit`.
     settings : dict
         The arguments of the fit, versions, state, and the fingerprint of the training data.
+    members : tuple of Program
+        Refits on resampled donors or cells (``fit(ensemble=...)``); none for a single fit. What is said of
+        expression is averaged over them, and intervals hold their differences; the latent space is the program's.
     """
 
-    def __init__(self, program: Program, history: pd.DataFrame, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, program: Program, history: pd.DataFrame, settings: dict[str, Any], members: Sequence[Program] = ()
+    ) -> None:
         self.program, self.history, self.settings = program.eval(), history, settings
+        self.members = tuple(member.eval() for member in members)
         self._said = False  # one warning a call
 
     def __repr__(self) -> str:
         s = self.settings
         elbo = "" if not len(self.history) else f", {self._elbo_line()}"
-        return f"Fit({self.program.story}, {s['n_cells']:,} cells x {self.schema.n_genes:,} genes, {s['state']}{elbo})"
+        refits = f", {len(self.members)} refits" if self.members else ""
+        return (
+            f"Fit({self.program.story}, {s['n_cells']:,} cells x {self.schema.n_genes:,} genes, "
+            f"{s['state']}{elbo}{refits})"
+        )
 
     def _elbo_line(self) -> str:
         row = self.history.iloc[max(self.settings["best_epoch"] - 1, 0)]
@@ -70,7 +80,8 @@ class Fit:
 
     def to(self, device: torch.device | str) -> Fit:
         """The same fit on another device; this one stays where it is."""
-        return Fit(self.program.copy().to(device), self.history, self.settings)
+        members = [member.copy().to(device) for member in self.members]
+        return Fit(self.program.copy().to(device), self.history, self.settings, members)
 
     # ---- questions ----------------------------------------------------------------------------
 
@@ -147,26 +158,19 @@ class Fit:
         """
         cells = self._ready(cells)
         n_draws = _whole("n_draws", n_draws, 1)
-        if do is not None and not isinstance(do, Mapping):
-            raise TypeError(f'do takes columns and levels, such as do={{"donor": "101"}}, not {do!r}')
-        if isinstance(scale, bool) or not isinstance(scale, (int, float, np.number)) or not scale > 0:
-            raise ValueError(f"scale must be a positive number, such as 1e4, not {scale!r}")
-        if interval is not None and not 0 < interval < 1:
-            raise ValueError(f"interval must be between 0 and 1, not {interval!r}")
+        _check_numbers(scale=scale, interval=interval)
         self._said = False
         at, names = self._genes(genes)
-        worlds = self._worlds(cells, do or {})
+        worlds = self._worlds(cells, do)
         columns = 4 if interval else 1
         require_memory(8 * len(cells) * len(names) * columns, "this table", "Ask for fewer genes or cells at a time.")
         means, rest = [], []
-        for shares in self._draws_of("rho", worlds, n_draws, seed, at, bool(do)):
+        for (shares,) in self._draws_of("rho", cells, [worlds], n_draws, seed, at, bool(do)):
             shares = shares * scale
             means.append(shares.mean(0).cpu())
             if interval is not None:
-                shares = shares.cpu()
-                ends = np.quantile(shares.numpy(), [(1 - interval) / 2, (1 + interval) / 2], axis=0)
-                sd = shares.std(0, correction=min(1, n_draws - 1))
-                rest.append(np.stack([sd.numpy(), *ends], -1))
+                sd, *ends = self.spread(shares.cpu().numpy(), interval, least=0.0)
+                rest.append(np.stack([sd, *ends], -1))
         mean = torch.cat(means).numpy()
         if interval is None:
             table = pd.DataFrame(mean, index=cells.names, columns=names)
@@ -174,9 +178,206 @@ class Fit:
             both = np.concatenate([mean[..., None], np.concatenate(rest)], -1)
             header = pd.MultiIndex.from_product([names, ["mean", "sd", "lower", "upper"]], names=["gene", None])
             table = pd.DataFrame(both.reshape(len(cells), -1), index=cells.names, columns=header)
-        table.attrs["uncertainty"] = "z and global sites" if self.program.has_globals else "z only"
+        table.attrs["uncertainty"] = self._uncertainty()
         table.attrs["unit"] = "share" if self.schema.size_factor is None else "rate per unit of size factor"
         return table
+
+    def predict(
+        self,
+        cells: Cells | anndata.AnnData,
+        n_draws: int = 1,
+        genes: str | Sequence[str] | None = None,
+        do: Mapping[str, Any] | None = None,
+        *,
+        seed: int = 0,
+    ) -> np.ndarray:
+        """New counts of the same cells: draws of the posterior predictive distribution.
+
+        The state is read from the cells as they were seen, then counts are drawn anew at their observed totals
+        (at drawn ones where the library is latent).
+
+        Parameters
+        ----------
+        n_draws : S
+        genes : names; None for all
+        do : columns to set for decoding, as in `expression`; "all" draws each count from one level at random
+        seed : draws are random through it
+
+        Returns
+        -------
+        array
+            (S, N, genes) whole numbers as float32, cells in order.
+
+        Raises
+        ------
+        ValueError
+            If a gene or level is unknown, or the draws would not fit into memory.
+        """
+        cells = self._ready(cells)
+        n_draws = _whole("n_draws", n_draws, 1)
+        at, names = self._genes(genes)
+        worlds = self._worlds(cells, do)
+        require_memory(
+            8 * n_draws * len(cells) * len(names), "these counts", "Ask for fewer draws, genes or cells at a time."
+        )
+        groups = [[world.without_counts()] for world in worlds]
+        draw, found = np.random.default_rng(seed), []
+        for blocks in self._draws_of("x", cells, groups, n_draws, seed, at, False):
+            drawn = torch.stack(blocks).cpu()
+            which = torch.from_numpy(draw.integers(len(blocks), size=(1, *drawn.shape[1:3], 1)))
+            found.append(drawn.gather(0, which.expand(1, *drawn.shape[1:]))[0])
+        return torch.cat(found, 1).numpy()
+
+    def counterfactual(
+        self,
+        cells: Cells | anndata.AnnData,
+        do: Mapping[str, Any],
+        n_draws: int = 100,
+        genes: str | Sequence[str] | None = None,
+        *,
+        by_cell: bool = False,
+        scale: float = 1.0,
+        delta: float = 0.25,
+        pseudocount: float = 0.0,
+        interval: float = 0.9,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """What the expression of these cells would be under other columns: abduct the state, act, predict.
+
+        The state is drawn from the cells as they were seen, and decoded twice, as they were seen and with the columns
+        set; both worlds get the same draws. Read causally only if the columns are as good as assigned at random
+        given the state, and cells of such a state were seen under the levels set.
+
+        Parameters
+        ----------
+        do : columns to set, ``{"condition": "stim", "age": 40.0}``; the level "all" averages over levels
+        n_draws : S
+        genes : names; None for all
+        by_cell : an effect for each cell instead of one for their mean
+        scale : multiplies shares in the columns "factual" and "counterfactual"
+        delta : |log2 fold change| above which an effect counts
+        pseudocount : added to shares before the logarithm
+        interval : probability of the equal-tailed interval
+        seed : draws are random through it
+
+        Returns
+        -------
+        DataFrame
+            One row a gene: "factual" and "counterfactual" mean share over the cells; "lfc_mean", "lfc_sd",
+            "lfc_median", "lfc_lower", "lfc_upper" of log2(counterfactual / factual); "probability" of |lfc| > delta
+            and its "log_odds". With ``by_cell`` (N, genes x columns). ``.attrs`` keeps what was asked, and what the
+            interval rests on.
+
+        Raises
+        ------
+        ValueError
+            If a column, level or gene is unknown, or the table would not fit into memory.
+        ProgramError
+            If the story has no "rho" of each cell.
+
+        References
+        ----------
+        Pearl 2009, Causality, section 7.1 (abduction, action, prediction).
+        """
+        from .effects import counterfactual
+
+        cells = self._ready(cells)
+        if not do:
+            raise ValueError('do names no column to set; such as do={"condition": "stim"}')
+        _check_numbers(scale=scale, delta=delta, pseudocount=pseudocount, interval=interval)
+        n_draws = _whole("n_draws", n_draws, 2)
+        at, names = self._genes(genes)
+        self._require_rho_of_cells(cells)
+        return counterfactual(
+            self, cells, do, n_draws=n_draws, at=at, names=names, scale=scale, delta=delta, pseudocount=pseudocount,
+            interval=interval, by_cell=by_cell, seed=seed,
+        )  # fmt: skip
+
+    def differential_expression(
+        self,
+        cells: Cells | anndata.AnnData,
+        groupby: str | None = None,
+        group1: Any = None,
+        group2: Any = None,
+        *,
+        estimand: str = "population",
+        delta: float | None = None,
+        pseudocount: float | None = None,
+        fdr: float = 0.05,
+        n_draws: int = 100,
+        interval: float = 0.9,
+        resample: bool = True,
+        batches: str = "shared",
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """Which genes differ between groups of cells, by how much, and how sure that is.
+
+        Effects are log2 of group1 over group2.
+
+        Parameters
+        ----------
+        groupby : column of ``obs``; None where the groups are masks
+        group1 : a level, a list of levels, or a mask (N,); None for every level against the rest
+        group2 : likewise; None for the rest
+        estimand : "population", "cell" or "donor"
+            "population" compares the groups' mean shares. "cell" compares a random cell of one with a random cell of
+            the other: its spread is that of the cells and does not shrink with more of them. "donor" compares
+            donors' means by a moderated t, paired where three donors or more are in both groups; it needs ``sample=``.
+            Groups that differ by donor are told apart by "donor" alone: the others take every cell for a witness.
+        delta : |lfc| above which a gene counts as different; None takes it from the effects themselves, at least 0.3
+        pseudocount : added to shares; None takes what genes that were not seen still get
+        fdr : genes are called as long as the posterior expected share of false ones is at most this
+        n_draws : S; "cell" takes 5,000 pairs
+        interval : probability of the equal-tailed interval
+        resample : whether each draw weighs cells by Dirichlet(1, ..., 1); donors, then cells, where ``sample=`` is known
+            Without it the answer is about these very cells.
+        batches : "shared" decodes both groups under each batch that both have, and averages
+            "own" decodes each cell under its own.
+        seed : draws are random through it
+
+        Returns
+        -------
+        DataFrame
+            One row a gene, in order of probability: "lfc_mean", "lfc_sd", "lfc_median", "lfc_lower", "lfc_upper";
+            "probability" of |lfc| > delta and its "log_odds"; "bayes_factor" against two states from the prior (NaN
+            where that has too few or too many effects) with a word of "evidence" (Kass and Raftery 1995);
+            "expected_fdp" if this gene and those above are called, "is_de"; "share1", "share2" decoded, "raw_mean1",
+            "detected1", ... as counted; "group1", "group2". For "donor": "t", "p_value", "df" instead of the Bayes
+            factor. ``.attrs``: estimand, delta, pseudocount, batches, what the uncertainty rests on, and, for a single
+            fit, the 90 % interval of the false discovery proportion of the call. All groups of ``groupby`` are stacked.
+
+        Raises
+        ------
+        ValueError
+            If a group is unknown, empty or overlaps the other, or an argument is out of range.
+        ProgramError
+            If the story has no "rho" of each cell.
+
+        Notes
+        -----
+        A single fit knows the decoder for certain: its intervals cover a few per cent where 90 are nominal, and its
+        calls are too many. ``fit(..., ensemble=5)`` mends that (benchmarks/results/effects.md). Groups that were found
+        on these counts use them twice: cluster on one half of ``cells.thin(0.5)``, test on the other.
+
+        References
+        ----------
+        Boyeau et al. 2023, PNAS 120:e2209124120; Smyth 2004, Stat. Appl. Genet. Mol. Biol. 3:3.
+        """
+        from .effects import comparisons, differential_expression
+
+        cells = self._ready(cells)
+        if estimand not in ("population", "cell", "donor"):
+            raise ValueError(f'estimand must be "population", "cell" or "donor", not {estimand!r}')
+        if batches not in ("shared", "own"):
+            raise ValueError(f'batches must be "shared" or "own", not {batches!r}')
+        _check_numbers(delta=delta, pseudocount=pseudocount, fdr=fdr, interval=interval)
+        n_draws = _whole("n_draws", n_draws, 2)
+        pairs = comparisons(cells, groupby, group1, group2)
+        self._require_rho_of_cells(cells)
+        return differential_expression(
+            self, cells, pairs, estimand=estimand, delta=delta, pseudocount=pseudocount, fdr=fdr, n_draws=n_draws,
+            interval=interval, resample=resample, batches=batches, seed=seed,
+        )  # fmt: skip
 
     def draws(
         self,
@@ -230,7 +431,8 @@ class Fit:
             return value.cpu() if n is not None else value.unsqueeze(0).cpu()
 
         found = []
-        for block in by_draws(self.program, [cells, cells if do is None else cells.do(**do)], n_draws, seed, ask):
+        world = cells if do is None else cells.do(**do)
+        for (block,) in by_draws(self.program, cells, [[world]], n_draws, seed, ask):
             found.append(block.cpu())
             if is_global:
                 break
@@ -409,6 +611,49 @@ class Fit:
             )
         return cells.to(self.device, self.program.dtype)
 
+    def member_of(self, n_draws: int) -> np.ndarray:
+        """(S,) which member each of so many draws is of, in the order they are answered in."""
+        n_members = max(len(self.members), 1)
+        if n_draws < n_members:
+            raise ValueError(f"n_draws={n_draws} is below the {n_members} refits of this ensemble; ask for more")
+        return np.repeat(np.arange(n_members), [n_draws // n_members + (m < n_draws % n_members)
+                                                for m in range(n_members)])  # fmt: skip
+
+    def spread(
+        self, draws: np.ndarray, interval: float, *, member: np.ndarray | None = None, least: float = -np.inf
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Sd and equal-tailed interval of a quantity from its draws (S, ...) in the order of `member_of`.
+
+        Of an ensemble of M: sd from W + (1 + 1/M) B, for W the variance within members and B that between their means
+        (less what the draws add to it); the interval is Student's with (M - 1) (1 + W / ((1 + 1/M) B))^2 degrees of
+        freedom (Rubin 1987, Multiple Imputation, section 3.3). ``least`` is a bound that intervals respect.
+        """
+        from .effects import t_law
+
+        if not self.members:
+            ends = np.quantile(draws, [(1 - interval) / 2, (1 + interval) / 2], axis=0)
+            return draws.std(0, ddof=min(1, len(draws) - 1)), ends[0], ends[1]
+        mean, sd, law = t_law(draws, self.member_of(len(draws)) if member is None else member)
+        reach = law.ppf(0.5 + interval / 2) * sd
+        return sd, np.maximum(mean - reach, least), mean + reach
+
+    def _uncertainty(self, cells: bool = False) -> str:
+        """What the spread of draws comes from."""
+        known = ["z"] + ["global sites"] * self.program.has_globals + ["cells"] * cells
+        known += ["decoder"] * bool(self.members)
+        return "z only" if len(known) == 1 else ", ".join(known[:-1]) + f" and {known[-1]}"
+
+    def _require_rho_of_cells(self, cells: Cells) -> None:
+        few = cells.rows(torch.arange(1, device=cells.device), whole=True)
+        with self.program.driven(0), torch.no_grad():
+            nodes: dict[str, Any] = poutine.trace(self.program.model).get_trace(few).nodes
+        if "rho" not in nodes:
+            raise ProgramError(f'{self.program.story} has no site "rho", which this needs: the share of each gene')
+        if not in_cells(nodes["rho"]):
+            raise ProgramError(
+                f'"rho" is one for all cells in {self.program.story}, so that no groups or worlds differ'
+            )
+
     def _warn(self, text: str) -> None:
         warnings.warn(text, PyroscWarning, stacklevel=4)
 
@@ -426,8 +671,11 @@ class Fit:
             raise ValueError(f"genes {listed(wrong)} are not in this fit." + did_you_mean(wrong[0], self.schema.genes))
         return at, names
 
-    def _worlds(self, cells: Cells, do: Mapping[str, Any]) -> list[tuple[Cells, Cells]]:
-        """(cells as seen, cells as decoded): one pair, or one for each level that "all" averages over."""
+    def _worlds(self, cells: Cells, do: Mapping[str, Any] | None) -> list[Cells]:
+        """The cells as they are to be decoded: once, or once for each level that "all" averages over."""
+        if do is not None and not isinstance(do, Mapping):
+            raise TypeError(f'do takes columns and levels, such as do={{"donor": "101"}}, not {do!r}')
+        do = do or {}
         choices: list[list[Any]] = []
         for name, level in do.items():
             factor = self.schema.factor(name)
@@ -437,25 +685,47 @@ class Fit:
             if isinstance(level, str) and level == "all" and factor is not None and "all" not in factor.levels:
                 levels = list(factor.levels)
             choices.append(levels)
-        return [(cells, cells.do(**dict(zip(do, levels)))) for levels in itertools.product(*choices)]
+        return [cells.do(**dict(zip(do, levels))) for levels in itertools.product(*choices)]
 
     def _draws_of(
         self,
         site: str,
-        worlds: list[tuple[Cells, Cells]],
+        read: Cells,
+        worlds: list[list[Cells]],
         n_draws: int,
         seed: int,
         at: np.ndarray | None,
         changed: bool,
-    ) -> Iterator[Tensor]:
-        """(S, n, genes) draws of a site, averaged over worlds, block by block of cells."""
+    ) -> Iterator[list[Tensor]]:
+        """(S, n, genes) draws of a site, averaged over the worlds of each group, block by block of cells."""
         chosen = None if at is None else torch.as_tensor(at, device=self.device)
 
         def ask(block: Cells, trace: poutine.Trace, n: int | None) -> Tensor:
             values = self._value(site, trace, n, len(block), changed)
             return values if chosen is None else values.index_select(-1, chosen)
 
-        return by_draws(self.program, [worlds[0][0], *(decoded for _, decoded in worlds)], n_draws, seed, ask)
+        if not self.members:
+            return by_draws(self.program, read, worlds, n_draws, seed, ask)
+        shares = np.bincount(self.member_of(n_draws))
+        runs = [
+            by_draws(member, read, worlds, int(n), int(np.random.SeedSequence([seed, m]).generate_state(1)[0]), ask)
+            for m, (member, n) in enumerate(zip(self.members, shares))
+        ]
+        return self._joined(runs)
+
+    @staticmethod
+    def _joined(runs: list[Iterator[list[Tensor]]]) -> Iterator[list[Tensor]]:
+        """Blocks of the members side by side, cut to the same cells, their draws one after the other."""
+        held: list[list[Tensor] | None] = [None] * len(runs)
+        while True:
+            for m, run in enumerate(runs):
+                if held[m] is None or not held[m][0].shape[1]:  # type: ignore[index]
+                    held[m] = next(run, None)
+            if any(h is None for h in held):
+                return
+            n = min(h[0].shape[1] for h in held if h is not None)
+            yield [torch.cat([h[k][:, :n] for h in held if h is not None]) for k in range(len(held[0] or ()))]
+            held = [[t[:, n:] for t in h] for h in held if h is not None]
 
     def _value(self, site: str, trace: poutine.Trace, n_draws: int | None, n_cells: int, changed: bool) -> Tensor:
         if site not in trace.nodes:
@@ -472,6 +742,21 @@ class Fit:
         elif n_draws is not None and value.dim() > 2:
             value = value.reshape(len(value), -1, value.shape[-1])
         return value.expand(n_draws or 1, n_cells, value.shape[-1])
+
+
+def _check_numbers(**numbers: Any) -> None:
+    """Numbers are in their ranges; None is left to the default."""
+    for name, value in numbers.items():
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not np.isfinite(value):
+            raise ValueError(f"{name} must be a number, not {value!r}")
+        if name in ("interval", "fdr") and not 0 < value < 1:
+            raise ValueError(f"{name} must be between 0 and 1, not {value!r}")
+        if name == "scale" and not value > 0:
+            raise ValueError(f"scale must be a positive number, such as 1e4, not {value!r}")
+        if name in ("delta", "pseudocount") and value < 0:
+            raise ValueError(f"{name} must be at least 0, not {value!r}")
 
 
 def _whole(name: str, value: Any, least: int) -> int:

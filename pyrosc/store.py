@@ -48,6 +48,7 @@ from .priors import DISTRIBUTIONS, FlowPrior, MixturePrior, Prior, VampPrior
 from .program import Program
 from .schema import Schema, listed
 
+_MEMBER = "members."  # before the names of an ensemble's tensors
 FORMAT = 1
 _ENTRY = "pyrosc"
 
@@ -78,7 +79,12 @@ def save(fit: Fit, path: Any, *, overwrite: bool = False) -> None:
         raise FileExistsError(f"{path} is there already: pass overwrite=True, or another path")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.parent}")
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in fit.program.state_dict().items()}
+    programs = {"": fit.program} | {f"{_MEMBER}{i}.": member for i, member in enumerate(fit.members)}
+    tensors = {
+        prefix + name: value.detach().cpu().contiguous().clone()
+        for prefix, program in programs.items()
+        for name, value in program.state_dict().items()
+    }
     text = json.dumps(_described(fit) | {"checksum": _checksum(tensors)}, allow_nan=False)
     _replace(path, to_bytes(tensors, metadata={_ENTRY: text}))
 
@@ -111,6 +117,7 @@ def _described(fit: Fit) -> dict[str, Any]:
         "guide": _function(guide),
         "sites": _sites(program),
         "seed": program.seed,
+        "members": len(fit.members),
         "parts": {name: _part(part) for name, part in program.parts.items()},
         "schema": program.schema.to_json(),
         "settings": _finite(fit.settings),
@@ -233,14 +240,20 @@ def load(
     if strange:
         raise ValueError(f"{path.name} has no part {listed(sorted(strange))}; its parts: {listed(parts, 20)}")
     program = Program(functions[0], Cells.empty(schema), functions[1], seed=held["seed"], **parts)
-    _fill(program, tensors, held["frozen"], path)
+    _fill(program, {k: v for k, v in tensors.items() if not k.startswith(_MEMBER)}, held["frozen"], path)
     sites = _sites(program)
     if sites != held["sites"]:
         raise ValueError(f"the story's sites are {sites}, but {path.name} was saved with {held['sites']}")
     if notes:
         warnings.warn("; ".join(notes), PyroscWarning, stacklevel=2)
     history = pd.DataFrame({k: [math.nan if v is None else v for v in column] for k, column in held["history"].items()})
-    return Fit(program.to(device), history, held["settings"])
+    members = []
+    for i in range(held.get("members", 0)):
+        prefix = f"{_MEMBER}{i}."
+        member = program.copy()
+        _fill(member, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, [], path)
+        members.append(member.to(device))
+    return Fit(program.to(device), history, held["settings"], members)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -69,6 +69,7 @@ def fit(
     weight_decay: float | None = None,
     clip_norm: float = 10.0,
     objective: ELBO | None = None,
+    ensemble: int = 0,
     seed: int | None = 0,
     device: str | torch.device = "auto",
     progress: bool = True,
@@ -97,6 +98,9 @@ def fit(
     clip_norm : bound on each element of the gradient, in nats per cell (ClippedAdam's clamp)
     objective : any ``pyro.infer.ELBO`` with a ``differentiable_loss``; None takes `MeanFieldELBO`
         Such as ``TraceMeanField_ELBO()``, which ours equals but for speed and noise.
+    ensemble : number of refits on resampled donors (``sample=``; cells where they are not known), 0 for none
+        Each starts from the fit and runs half its epochs. Intervals of expression and of effects then hold the
+        uncertainty of the decoder; without refits they hold that of the state alone, and are too narrow.
     seed : of the split, the order and the draws; None draws one and keeps it in ``settings``
     device : "auto" (CUDA where there is one), or a torch device
     progress : whether to show a bar
@@ -137,7 +141,7 @@ def fit(
     seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else checked_seed(seed)
     if global_lr is None:
         global_lr = min(10 * lr, 1.0) if isinstance(lr, numbers.Real) else lr
-    _check_arguments(epochs, batch_size, lr, global_lr, schedule, warmup, patience, weight_decay, clip_norm)
+    _check_arguments(epochs, batch_size, lr, global_lr, schedule, warmup, patience, weight_decay, clip_norm, ensemble)
     _check_objective(objective, program)
     place = _device(device)
     if not isinstance(cells, Cells):
@@ -190,7 +194,46 @@ def fit(
             raise failure from error
     result = run.result(run.state)
     _remarks(result, run)
+    if ensemble and run.state != "interrupted":
+        _refit(result, cells, ensemble, validation, objective, device, progress)
     return result
+
+
+def _refit(
+    result: Fit, cells: Cells, n_members: int, validation: Any, objective: ELBO | None, device: Any, progress: bool
+) -> None:
+    """Give a fit its members: refits on resampled donors, or cells, that start from it."""
+    given = result.settings
+    names = ("batch_size", "lr", "global_lr", "schedule", "patience", "weight_decay", "clip_norm")
+    options = {name: given[name] for name in names}
+    held = _held_out(len(cells), validation, given["seed"])
+    train = np.setdiff1d(np.arange(len(cells)), held)
+    donors = None
+    if cells.schema.sample is not None:
+        donors = cells.codes[cells.schema.sample.column].cpu().numpy()[train]
+    members = []
+    for m in range(n_members):
+        draw = np.random.default_rng([given["seed"], m])
+        if donors is None:
+            drawn = draw.choice(train, len(train))
+        else:
+            drawn = np.concatenate([train[donors == d] for d in draw.choice(np.unique(donors), len(np.unique(donors)))])
+        rows = np.r_[np.sort(drawn), held]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PyroscWarning)
+            refit = fit(
+                result.program, cells[rows], epochs=max(1, given["epochs"] // 2), warmup=0.0,
+                validation=list(range(len(drawn), len(rows))) or None, objective=objective,
+                seed=int(draw.integers(2**31)), device=device, progress=progress, **options,
+            )  # fmt: skip
+        if refit.settings["state"] == "interrupted":
+            text = f"interrupted in refit {m + 1} of {n_members}; those before it are kept"
+            warnings.warn(text, PyroscWarning, stacklevel=3)
+            break
+        members.append(refit.program)
+    result.members = tuple(members)
+    result.settings["ensemble"] = len(members)
+    result.settings["resampled"] = "cells" if donors is None else cells.schema.sample.column  # type: ignore[union-attr]
 
 
 def default_epochs(n_cells: int, batch_size: int, most: int = 100, steps: int = _STEPS) -> int:
@@ -208,8 +251,10 @@ def versions() -> dict[str, str]:
 
 def _check_arguments(
     epochs: Any, batch_size: Any, lr: Any, global_lr: Any, schedule: Any, warmup: Any, patience: Any,
-    weight_decay: Any, clip_norm: Any,
+    weight_decay: Any, clip_norm: Any, ensemble: Any,
 ) -> None:  # fmt: skip
+    if isinstance(ensemble, bool) or not hasattr(ensemble, "__index__") or ensemble < 0 or ensemble == 1:
+        raise ValueError(f"ensemble must be 0 for none, or a whole number of at least 2 refits, not {ensemble!r}")
     for name, value, optional in (
         ("epochs", epochs, True),
         ("batch_size", batch_size, False),
@@ -282,6 +327,15 @@ def _split(cells: Cells, validation: Any, seed: int) -> tuple[Cells, Cells | Non
     n = len(cells)
     if validation is None:
         return cells, None
+    mask = np.zeros(n, dtype=bool)
+    mask[_held_out(n, validation, seed)] = True
+    return cells[~mask], cells[mask]
+
+
+def _held_out(n: int, validation: Any, seed: int) -> np.ndarray:
+    """Positions of the cells that are held out."""
+    if validation is None:
+        return np.zeros(0, dtype=np.int64)
     if np.ndim(validation) == 0:
         if isinstance(validation, bool) or not 0 < validation < 1:
             raise ValueError(f"validation must be a share in (0, 1), positions, or None for none, not {validation!r}")
@@ -301,9 +355,7 @@ def _split(cells: Cells, validation: Any, seed: int) -> tuple[Cells, Cells | Non
             raise ValueError(f"validation names cell {held[repeated.argmax()]} twice")
         if not 0 < len(held) < n:
             raise ValueError(f"validation names {len(held):,} of {n:,} cells; both sides need some")
-    mask = np.zeros(n, dtype=bool)
-    mask[held] = True
-    return cells[~mask], cells[mask]
+    return np.asarray(held)
 
 
 class _Run:

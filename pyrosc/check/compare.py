@@ -152,8 +152,8 @@ def thinned_log_likelihood(fit: Fit, cells: Cells | anndata.AnnData, n_draws: in
         return value.reshape(-1, len(block))
 
     ready = fit._ready(kept)
-    draws = by_draws(fit.program, [ready, ready], n_draws, seed, ask)
-    return torch.cat([d.logsumexp(0) - np.log(len(d)) for d in draws]).double().cpu().numpy()
+    draws = by_draws(fit.program, ready, [[ready]], n_draws, seed, ask)
+    return torch.cat([d.logsumexp(0) - np.log(len(d)) for (d,) in draws]).double().cpu().numpy()
 
 
 def paired(difference: np.ndarray, units: np.ndarray, interval: float = 0.95) -> tuple[float, float, float, float]:

@@ -1,0 +1,596 @@
+"""Effects: log2 ratios of expected expression between groups of cells, or between worlds, from posterior draws.
+
+For draw s, let rho_sig be the share of gene g in cell i and w_s weights of cells. A group's mean share is
+M_sg = sum_i w_si rho_sig / sum_i w_si, and the effect
+
+    lfc_sg = log2(M1_sg + e) - log2(M2_sg + e)
+
+with a pseudocount e on the scale of shares. Estimands (methods of Boyeau et al. 2023, PNAS 120:e2209124120, and Squair
+et al. 2021, Nature Communications 12:5692, for donors):
+
+    population   the groups' means in the population the cells come from: each draw weighs cells (within donors,
+                 and donors, where samples are known) by Dirichlet(1, ..., 1), the Bayesian bootstrap (Rubin 1981)
+    cell         a random cell of one group against a random cell of the other
+    donor        means of donors, by a moderated t (Smyth 2004)
+
+Genes are called by the posterior expected false discovery proportion: in order of P(|lfc| > delta), as long as the
+mean of 1 - P over those called is at most ``fdr`` (Müller et al. 2004, JASA 99:990).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import special, stats
+from torch import Tensor
+
+from .cells import Cells
+from .counts import require_memory
+from .errors import ProgramError
+from .schema import did_you_mean, listed
+
+if TYPE_CHECKING:
+    from .posterior import Fit
+
+_PAIRS = 5000  # pairs of cells of the estimand "cell"
+_ESTIMANDS = ("population", "cell", "donor")
+_EVIDENCE = ((3.0, "barely worth a mention"), (10.0, "substantial"), (100.0, "strong"), (np.inf, "decisive"))
+
+
+# ---- sums over cells --------------------------------------------------------------------------
+
+
+@dataclass
+class Sums:
+    """Weighted sums of shares over the cells of each unit, draw by draw.
+
+    shares : (S, U, G) sum_i w_si rho_sig
+    weights : (S, U) sum_i w_si
+    """
+
+    shares: Tensor
+    weights: Tensor
+
+    def mean(self, units: np.ndarray, by: np.ndarray | None = None, of_donor: Tensor | None = None) -> Tensor:
+        """(S, G) mean share over the cells of these units; of donors ``by`` (U,), weighed by ``of_donor`` (S, D)."""
+        at = torch.as_tensor(np.flatnonzero(units))
+        shares, weights = self.shares[:, at], self.weights[:, at]
+        if by is None or of_donor is None:
+            return shares.sum(1) / weights.sum(1).unsqueeze(-1)
+        donor = torch.as_tensor(by[units])
+        there = donor.unique()
+        means = torch.stack([
+            shares[:, donor == d].sum(1) / weights[:, donor == d].sum(1).unsqueeze(-1) for d in there
+        ], 1)  # fmt: skip
+        share = of_donor[:, there] / of_donor[:, there].sum(1, keepdim=True)
+        return torch.einsum("sd,sdg->sg", share, means)
+
+
+def sum_over_cells(
+    fit: Fit, read: Cells, worlds: list[list[Cells]], unit: np.ndarray, weights: Tensor | None, n_draws: int, seed: int,
+    at: np.ndarray | None, changed: bool,
+) -> list[Sums]:  # fmt: skip
+    """Sums of ``rho`` over cells by unit (N,), for each group of worlds; cells pass block by block.
+
+    ``weights`` (S, N) of draws and cells; None for 1.
+    """
+    n_units = int(unit.max()) + 1
+    code = torch.as_tensor(unit)
+    found: list[Sums] = []
+    start = 0
+    for groups in fit._draws_of("rho", read, worlds, n_draws, seed, at, changed):
+        n = groups[0].shape[1]
+        here = slice(start, start + n)
+        member = (code[here].unsqueeze(-1) == torch.arange(n_units)).double()  # (n, U)
+        of_cells = member.expand(n_draws, n, n_units)
+        if weights is not None:
+            of_cells = of_cells * weights[:, here].double().unsqueeze(-1)
+        of_cells = of_cells.to(groups[0])
+        for k, shares in enumerate(groups):
+            sums = torch.einsum("snu,sng->sug", of_cells, shares).double().cpu()
+            if len(found) <= k:
+                found.append(Sums(sums, of_cells.sum(1).double().cpu()))
+            else:
+                found[k].shares += sums
+                found[k].weights += of_cells.sum(1).double().cpu()
+        start += n
+    return found
+
+
+# ---- what is said of an effect ----------------------------------------------------------------
+
+
+def log2_ratio(above: Tensor | np.ndarray, below: Tensor | np.ndarray, pseudocount: float) -> np.ndarray:
+    """log2 (above + e) / (below + e), as a float64 array."""
+    return np.log2(np.asarray(above, dtype=float) + pseudocount) - np.log2(np.asarray(below, dtype=float) + pseudocount)
+
+
+def t_law(draws: np.ndarray, member: np.ndarray) -> tuple[np.ndarray, np.ndarray, Any]:
+    """Mean, sd and Student law of a quantity from draws (S, ...) of members (S,) of an ensemble; see `Fit.spread`."""
+    groups = [draws[member == m] for m in np.unique(member)]
+    n_members, n_each = len(groups), len(draws) / len(groups)
+    means = np.stack([g.mean(0) for g in groups])
+    within = np.mean([g.var(0, ddof=1) if len(g) > 1 else np.zeros(g.shape[1:]) for g in groups], axis=0)
+    between = np.maximum(means.var(0, ddof=1) - within / n_each, 0.0) * (1 + 1 / n_members)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        df = (n_members - 1) * (1 + within / between) ** 2
+    df = np.where(np.isfinite(df), np.minimum(df, 1e6), 1e6)
+    return means.mean(0), np.sqrt(within + between), stats.t(df)
+
+
+def describe(lfc: np.ndarray, delta: float, interval: float, member: np.ndarray | None = None) -> pd.DataFrame:
+    """One row a gene from draws (S, G): mean, sd, median, equal-tailed interval, P(|lfc| > delta) and its log odds.
+
+    With ``member`` (S,), the refit that each draw is of, by Student's law of the ensemble.
+    """
+    if member is not None:
+        mean, sd, law = t_law(lfc, member)
+        scale = np.maximum(sd, 1e-12)
+        reach = law.ppf(0.5 + interval / 2) * sd
+        chance = law.sf((delta - mean) / scale) + law.cdf((-delta - mean) / scale)
+        low, middle, high = mean - reach, mean, mean + reach
+        odds = np.log(np.maximum(chance, 1e-12)) - np.log(np.maximum(1 - chance, 1e-12))
+    else:
+        mean, sd = lfc.mean(0), lfc.std(0, ddof=1)
+        low, middle, high = np.quantile(lfc, [(1 - interval) / 2, 0.5, (1 + interval) / 2], axis=0)
+        above = (np.abs(lfc) > delta).sum(0)
+        chance, odds = above / len(lfc), np.log((above + 0.5) / (len(lfc) - above + 0.5))
+    return pd.DataFrame({
+        "lfc_mean": mean, "lfc_sd": sd, "lfc_median": middle, "lfc_lower": low, "lfc_upper": high,
+        "probability": chance, "log_odds": odds,
+    })  # fmt: skip
+
+
+def expected_fdp(probability: np.ndarray) -> np.ndarray:
+    """(G,) posterior expected false discovery proportion if a gene and all of higher probability are called."""
+    order = np.argsort(-probability, kind="stable")
+    found = np.empty(len(probability))
+    found[order] = np.cumsum(1 - probability[order]) / np.arange(1, len(probability) + 1)
+    # Genes of one probability are called together.
+    return pd.Series(found).groupby(probability).transform("max").to_numpy()
+
+
+def pseudocount_of(counts: Sequence[np.ndarray], shares: Sequence[Tensor]) -> float:
+    """A share that genes which were not seen still get (Boyeau et al. 2023).
+
+    For each group, the 90th percentile over genes without a count in it of their largest mean share over draws;
+    the larger of the two, 0 where every gene was seen.
+    """
+    found = [0.0]
+    for count, share in zip(counts, shares):
+        unseen = np.flatnonzero(count == 0)
+        if len(unseen):
+            found.append(float(np.quantile(share.numpy().max(0)[unseen], 0.9)))
+    return max(found)
+
+
+def delta_of(lfc: np.ndarray, least: float = 0.3) -> float:
+    """A threshold from the effects (G,) themselves: 0.6 times the mean size of the outer two of three normals.
+
+    A mixture of three normals is fitted by EM to the genes' mean effects (Boyeau et al. 2023).
+    """
+    loc = np.quantile(lfc, [0.05, 0.5, 0.95])
+    scale, weight = np.full(3, lfc.std() + 1e-6), np.full(3, 1 / 3)
+    for _ in range(200):
+        log_p = np.log(weight) + stats.norm.logpdf(lfc[:, None], loc, scale)
+        member = special.softmax(log_p, axis=1)
+        total = member.sum(0) + 1e-9
+        loc = (member * lfc[:, None]).sum(0) / total
+        scale = np.sqrt((member * (lfc[:, None] - loc) ** 2).sum(0) / total) + 1e-3
+        weight = total / total.sum()
+    outer = np.sort(loc)[[0, 2]]
+    return max(least, 0.6 * float(np.abs(outer).mean()))
+
+
+# ---- groups -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Comparison:
+    """Two groups of cells, each a mask (N,), with their names."""
+
+    names: tuple[str, str]
+    masks: tuple[np.ndarray, np.ndarray]
+
+
+def comparisons(cells: Cells, groupby: str | None, group1: Any, group2: Any) -> list[Comparison]:
+    """The pairs of groups that are asked for.
+
+    Raises
+    ------
+    ValueError
+        If a group is unknown, empty, or shares cells with the other.
+    """
+    if groupby is None:
+        one = _mask(cells, group1, "group1")
+        two = ~one if group2 is None else _mask(cells, group2, "group2")
+        pairs = [Comparison(("group1", "rest" if group2 is None else "group2"), (one, two))]
+    else:
+        if groupby not in cells.obs.columns:
+            raise ValueError(
+                f'groupby: there is no column "{groupby}". Columns: {listed(cells.obs.columns, 10)}.'
+                + did_you_mean(groupby, cells.obs.columns)
+            )
+        column = cells.obs[groupby]
+        known = column.notna().to_numpy()
+        value = column.astype(object).astype(str).to_numpy()
+        levels = sorted(set(value[known]))
+        if group1 is None:
+            if group2 is not None:
+                raise ValueError("group2 without group1: name group1 too, or neither for every group against the rest")
+            if len(levels) < 2:
+                raise ValueError(f'groupby: "{groupby}" has one level, so there is nothing to compare with')
+            asked: list[Any] = list(levels)
+        else:
+            asked = [group1]
+        pairs = []
+        for group in asked:
+            one = known & _levels(value, group, levels, "group1")
+            two = known & (~one if group2 is None else _levels(value, group2, levels, "group2"))
+            pairs.append(Comparison((_text(group), "rest" if group2 is None else _text(group2)), (one, two)))
+    for pair in pairs:
+        for name, mask in zip(("group1", "group2"), pair.masks):
+            if not mask.any():
+                raise ValueError(f"{name} ({pair.names[name == 'group2']}) holds no cell")
+        both = pair.masks[0] & pair.masks[1]
+        if both.any():
+            raise ValueError(f"{int(both.sum()):,} cells are in both groups ({listed(cells.names[both])})")
+    return pairs
+
+
+def _text(group: Any) -> str:
+    return str(group) if isinstance(group, str) or np.ndim(group) == 0 else " + ".join(map(str, group))
+
+
+def _levels(value: np.ndarray, group: Any, levels: list[str], name: str) -> np.ndarray:
+    if isinstance(group, (np.ndarray, pd.Series)) and np.asarray(group).dtype == bool:
+        raise ValueError(f"{name} is a mask; masks go without groupby")
+    wanted = [group] if isinstance(group, str) or np.ndim(group) == 0 else list(group)
+    for level in wanted:
+        if str(level) not in levels:
+            raise ValueError(
+                f'{name}: there is no level "{level}". Levels: {listed(levels, 10)}.' + did_you_mean(str(level), levels)
+            )
+    return np.isin(value, [str(w) for w in wanted])
+
+
+def _mask(cells: Cells, group: Any, name: str) -> np.ndarray:
+    mask = np.asarray(group)
+    if mask.dtype != bool or mask.shape != (len(cells),):
+        raise ValueError(
+            f"{name} without groupby must be a mask of {len(cells):,} cells, not {type(group).__name__} of shape "
+            f"{mask.shape}; or name a column by groupby="
+        )
+    return mask
+
+
+# ---- differential expression ------------------------------------------------------------------
+
+
+def differential_expression(
+    fit: Fit, cells: Cells, pairs: list[Comparison], *, estimand: str, delta: float | None, pseudocount: float | None,
+    fdr: float, n_draws: int, interval: float, resample: bool, batches: str, seed: int,
+) -> pd.DataFrame:  # fmt: skip
+    """See `Fit.differential_expression`."""
+    donors = _donors(cells)
+    if estimand == "donor" and donors is None:
+        raise ValueError('estimand="donor" needs to know donors: Cells.from_anndata(adata, sample="donor")')
+    worlds, levels = _shared_worlds(fit, cells, pairs, batches if estimand != "donor" else "own")
+    tables = []
+    if estimand == "cell":
+        for i, pair in enumerate(pairs):
+            lfcs, means, e = _cell_pairs(fit, cells, pair, worlds, pseudocount, seed + i)
+            tables.append(_table(fit, cells, pair, lfcs, means, delta, fdr, interval, e, worlds, None, seed))
+    else:
+        unit, units = _units(pairs, donors)
+        require_memory(
+            8 * n_draws * len(units) * cells.n_genes * (1 + (len(worlds) > 1)), "sums over the cells of every group",
+            "Ask for fewer draws or groups.",
+        )  # fmt: skip
+        draw = torch.Generator().manual_seed(seed)
+        parts, per_world = [], _shares_of(n_draws, len(worlds))
+        member = np.concatenate([fit.member_of(n) for n in per_world]) if fit.members else None
+        exponential = resample and estimand == "population"
+        of_donor: Tensor | None = None
+        if exponential and donors is not None:
+            of_donor = torch.empty(n_draws, int(donors.max()) + 1).exponential_(generator=draw).double()
+        for k, (world, n) in enumerate(zip(worlds, per_world)):
+            weights = torch.empty(n, len(cells)).exponential_(generator=draw) if exponential else None
+            (sums,) = sum_over_cells(fit, cells, [[world]], unit, weights, n, seed + k, None, len(worlds) > 1)
+            parts.append(sums)
+        sums = Sums(torch.cat([p.shares for p in parts]), torch.cat([p.weights for p in parts]))
+        by = units["donor"].to_numpy() if donors is not None else None
+        for pair in pairs:
+            inside = [units["patterns"].map(lambda p, m=m: p in m).to_numpy() for m in _patterns(pairs, pair)]
+            if estimand == "donor":
+                tables.append(_by_donor(fit, cells, pair, sums, inside, by, donors, delta, pseudocount, fdr, interval))
+                continue
+            means = [sums.mean(units_in, by if of_donor is not None else None, of_donor) for units_in in inside]
+            counts = [_counts_of(cells, mask)[0] for mask in pair.masks]
+            e = pseudocount_of(counts, means) if pseudocount is None else pseudocount
+            lfc = log2_ratio(means[0], means[1], e)
+            tables.append(_table(fit, cells, pair, lfc, means, delta, fdr, interval, e, worlds, member, seed))
+    table = pd.concat(tables)
+    by_draws = fit._uncertainty(cells=resample and estimand == "population")
+    table.attrs = dict(tables[0].attrs) | {
+        "estimand": estimand, "fdr": fdr, "batches": levels,
+        "uncertainty": "donors" if estimand == "donor" else by_draws,
+    }  # fmt: skip
+    if len(tables) > 1:
+        for name in ("delta", "pseudocount", "fdp_interval"):
+            table.attrs[name] = {t["group1"].iloc[0]: t.attrs[name] for t in tables}
+    return table
+
+
+def _donors(cells: Cells) -> np.ndarray | None:
+    """(N,) code of each cell's sample; None where they are not known."""
+    if cells.schema.sample is None:
+        return None
+    code = cells.codes[cells.schema.sample.column].cpu().numpy()
+    return None if (code < 0).any() else code
+
+
+def _shared_worlds(fit: Fit, cells: Cells, pairs: list[Comparison], batches: str) -> tuple[list[Cells], Any]:
+    """The cells decoded under each batch that both groups of a comparison have, or under their own."""
+    factor = fit.schema.batch
+    if batches == "own" or factor is None or len(factor) < 2:
+        return [cells], "own"
+    code = cells.batch.cpu().numpy()
+    shared = set(range(len(factor)))
+    for pair in pairs:
+        shared &= set(code[pair.masks[0]]) & set(code[pair.masks[1]])
+    if not shared:
+        raise ValueError(
+            f'the groups share no level of "{factor.column}", so they cannot be compared within one: '
+            'batches="own" compares them each under its own, with what the batches differ by'
+        )
+    levels = [factor.levels[b] for b in sorted(shared)]
+    return [cells.do(**{factor.column: level}) for level in levels], levels
+
+
+def _shares_of(n_draws: int, n_worlds: int) -> list[int]:
+    if n_worlds > n_draws:
+        raise ValueError(f"n_draws={n_draws} is below the {n_worlds} batches that are averaged over; ask for more")
+    return [n_draws // n_worlds + (k < n_draws % n_worlds) for k in range(n_worlds)]
+
+
+def _units(pairs: list[Comparison], donors: np.ndarray | None) -> tuple[np.ndarray, pd.DataFrame]:
+    """Cells of a donor that no comparison tells apart make one unit: (N,) its number, and a table of them."""
+    member = np.stack([m for pair in pairs for m in pair.masks], 1)
+    _, pattern = np.unique(member, axis=0, return_inverse=True)
+    pattern = pattern.reshape(-1)
+    donor = np.zeros(len(pattern), dtype=int) if donors is None else donors
+    frame = pd.DataFrame({"patterns": pattern, "donor": donor})
+    unit = frame.groupby(["patterns", "donor"], sort=True).ngroup().to_numpy()
+    units = frame.assign(unit=unit).drop_duplicates("unit").sort_values("unit").reset_index(drop=True)
+    return unit, units
+
+
+def _patterns(pairs: list[Comparison], pair: Comparison) -> list[set[int]]:
+    """The patterns of membership that make up each group of a comparison."""
+    member = np.stack([m for p in pairs for m in p.masks], 1)
+    rows, _ = np.unique(member, axis=0, return_inverse=True)
+    k = next(i for i, p in enumerate(pairs) if p is pair)
+    return [set(np.flatnonzero(rows[:, 2 * k + side])) for side in (0, 1)]
+
+
+def _counts_of(cells: Cells, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(G,) total counts, mean count and share of cells with a count, of the cells in a mask."""
+    chosen = cells[mask]
+    n = max(len(chosen), 1)
+    total, seen = np.zeros(cells.n_genes), np.zeros(cells.n_genes)
+    for _, gene, count in chosen._own_counts().pieces():
+        at = gene.numpy()
+        total += np.bincount(at, count.double().numpy(), cells.n_genes)
+        seen += np.bincount(at, minlength=cells.n_genes)
+    return total, total / n, seen / n
+
+
+def _cell_pairs(
+    fit: Fit, cells: Cells, pair: Comparison, worlds: list[Cells], pseudocount: float | None, seed: int
+) -> tuple[np.ndarray, list[Tensor], float]:
+    """(P, G) effects of random pairs of cells, one of each group; means (1, G); the pseudocount."""
+    draw = np.random.default_rng(seed)
+    per_world = _shares_of(_PAIRS, len(worlds))
+    sides = []
+    for k, mask in enumerate(pair.masks):
+        inside, rows = np.flatnonzero(mask), []
+        for j, (world, n) in enumerate(zip(worlds, per_world)):
+            some = np.sort(draw.choice(inside, size=min(len(inside), n), replace=False))
+            n_draws = -(-n // len(some))
+            shares = fit._draws_of(
+                "rho", cells[some], [[world[some]]], n_draws, seed + 1000 * k + j, None, len(worlds) > 1
+            )
+            drawn = torch.cat([s.transpose(0, 1).reshape(-1, s.shape[-1]).cpu() for (s,) in shares])
+            rows.append(drawn[torch.from_numpy(draw.permutation(len(drawn))[:n])])
+        sides.append(torch.cat(rows))  # pairs share their batch
+    if pseudocount is None:
+        pseudocount = pseudocount_of([_counts_of(cells, m)[0] for m in pair.masks], sides)
+    return log2_ratio(sides[0], sides[1], pseudocount), [s.mean(0, keepdim=True) for s in sides], pseudocount
+
+
+def _table(
+    fit: Fit, cells: Cells, pair: Comparison, lfc: np.ndarray, means: list[Tensor], delta: float | None, fdr: float,
+    interval: float, pseudocount: float, worlds: list[Cells], member: np.ndarray | None, seed: int,
+) -> pd.DataFrame:  # fmt: skip
+    delta = delta_of(lfc.mean(0)) if delta is None else delta
+    table = describe(lfc, delta, interval, member)
+    prior = _prior_effects(fit, pair, worlds, pseudocount, seed)
+    chance = (np.abs(prior) > delta).mean(0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        factor = np.exp(table["log_odds"]) / (chance / (1 - chance))
+    factor = np.where((chance > 0.001) & (chance < 0.999), factor, np.nan)
+    table["bayes_factor"] = factor
+    table["evidence"] = [next(word for top, word in _EVIDENCE if f <= top) if f > 1 else "" for f in factor]
+    return _finish(table, fit, cells, pair, means, delta, fdr, pseudocount, lfc if member is None else None)
+
+
+def _finish(
+    table: pd.DataFrame, fit: Fit, cells: Cells, pair: Comparison, means: list[Tensor], delta: float, fdr: float,
+    pseudocount: float, lfc: np.ndarray | None,
+) -> pd.DataFrame:  # fmt: skip
+    probability = table["probability"].to_numpy()
+    table["expected_fdp"] = expected_fdp(probability)
+    table["is_de"] = table["expected_fdp"] <= fdr
+    for k, mask in enumerate(pair.masks, 1):
+        table[f"share{k}"] = means[k - 1].mean(0).numpy()
+        _, table[f"raw_mean{k}"], table[f"detected{k}"] = _counts_of(cells, mask)
+    table["group1"], table["group2"] = pair.names
+    table.index = pd.Index(fit.schema.genes, name="gene")
+    called = table["is_de"].to_numpy()
+    fdp = None
+    if lfc is not None and called.any():
+        false = (np.abs(lfc[:, called]) <= delta).mean(1)
+        fdp = tuple(float(q) for q in np.quantile(false, [0.05, 0.95]))
+    table.attrs = {"delta": float(delta), "pseudocount": float(pseudocount), "fdp_interval": fdp}
+    return table.sort_values(["probability", "lfc_mean"], ascending=False, key=_by_size)
+
+
+def _by_size(column: pd.Series) -> pd.Series:
+    return column.abs() if column.name == "lfc_mean" else column
+
+
+def _prior_effects(fit: Fit, pair: Comparison, worlds: list[Cells], pseudocount: float, seed: int) -> np.ndarray:
+    """(1000, G) effects between one state from the prior for each group, decoded as the groups' cells are."""
+    draw, sides = np.random.default_rng([seed, 1]), []
+    for mask in pair.masks:
+        chosen = draw.choice(np.flatnonzero(mask), 1000)
+        world = worlds[int(draw.integers(len(worlds)))]
+        made = fit.program.generate(world[chosen], seed=int(draw.integers(2**31)))
+        if "rho" not in made:
+            raise ProgramError(f'{fit.program.story} has no site "rho", which this needs')
+        sides.append(made["rho"].expand(1000, -1))
+    return log2_ratio(sides[0], sides[1], pseudocount)
+
+
+# ---- donors -----------------------------------------------------------------------------------
+
+
+def _by_donor(
+    fit: Fit, cells: Cells, pair: Comparison, sums: Sums, inside: list[np.ndarray], by: Any, donors: Any,
+    delta: float | None, pseudocount: float | None, fdr: float, interval: float,
+) -> pd.DataFrame:  # fmt: skip
+    """A moderated t on donors' log2 mean shares: paired where donors are in both groups, else of two samples."""
+    there = [np.unique(donors[mask]) for mask in pair.masks]
+    both = np.intersect1d(there[0], there[1])
+    is_paired = len(both) >= 3
+    sides = [both, both] if is_paired else [np.setdiff1d(t, both) for t in there]
+    if not is_paired and min(map(len, sides)) < 3:
+        named: Any = fit.schema.sample
+        raise ValueError(
+            f'estimand="donor" needs three donors in both groups, or three on each side; of "{named.column}" '
+            f"{len(both)} are in both, {len(there[0])} in group1 and {len(there[1])} in group2"
+        )
+    means = [
+        torch.stack([sums.mean(units & (by == d)).mean(0) for d in side]) for units, side in zip(inside, sides)
+    ]  # (D, G) each
+    e = pseudocount_of([_counts_of(cells, m)[0] for m in pair.masks], means) if pseudocount is None else pseudocount
+    one, two = (np.log2(m.numpy() + e) for m in means)
+    if is_paired:
+        difference = one - two
+        effect, variance, df = difference.mean(0), difference.var(0, ddof=1), float(len(both) - 1)
+        factor = 1 / len(both)
+    else:
+        effect, df = one.mean(0) - two.mean(0), len(one) + len(two) - 2.0
+        variance = (one.var(0, ddof=1) * (len(one) - 1) + two.var(0, ddof=1) * (len(two) - 1)) / df
+        factor = 1 / len(one) + 1 / len(two)
+    variance, df = moderated(variance, df)
+    se = np.sqrt(variance * factor)
+    delta = delta_of(effect) if delta is None else delta
+    law = stats.t(df)
+    reach = law.ppf(0.5 + interval / 2) * se
+    chance = law.sf((delta - effect) / se) + law.cdf((-delta - effect) / se)
+    table = pd.DataFrame({
+        "lfc_mean": effect, "lfc_sd": se, "lfc_median": effect, "lfc_lower": effect - reach,
+        "lfc_upper": effect + reach, "probability": chance,
+        "log_odds": np.log(np.maximum(chance, 1e-300)) - np.log(np.maximum(1 - chance, 1e-300)),
+        "t": effect / se, "p_value": 2 * law.sf(np.abs(effect / se)), "df": df,
+    })  # fmt: skip
+    return _finish(table, fit, cells, pair, [m.mean(0, keepdim=True) for m in means], delta, fdr, e, None)
+
+
+def moderated(variance: np.ndarray, df: float) -> tuple[np.ndarray, float]:
+    """Variances of genes (G,) with ``df`` degrees of freedom drawn towards a common one, and their new degrees.
+
+    Empirical Bayes with a scaled inverse chi-square prior, its two numbers by moments of log variances
+    (Smyth 2004, Statistical Applications in Genetics and Molecular Biology 3:3, section 6.2).
+    """
+    positive = np.maximum(variance, 1e-12 * max(float(np.median(variance)), 1e-300))
+    e = np.log(positive) - special.digamma(df / 2) + np.log(df / 2)
+    centre = e.mean()
+    rest = float(e.var(ddof=1) - special.polygamma(1, df / 2)) if len(e) > 1 else 0.0
+    if rest <= 0:  # no more scatter than chance: one variance for all
+        return np.full_like(variance, np.exp(centre)), np.inf
+    half = _inverse_trigamma(rest)
+    prior = np.exp(centre + special.digamma(half) - np.log(half))
+    return (2 * half * prior + df * variance) / (2 * half + df), 2 * half + df
+
+
+def _inverse_trigamma(y: float) -> float:
+    """x with trigamma(x) = y > 0, by Newton steps on 1 / trigamma, which is nearly a line."""
+    x = 0.5 + 1 / y
+    for _ in range(50):
+        slope = special.polygamma(2, x)
+        step = special.polygamma(1, x) * (1 - special.polygamma(1, x) / y) / slope
+        x += float(step)
+        if abs(step) < 1e-10 * x:
+            break
+    return x
+
+
+# ---- counterfactuals --------------------------------------------------------------------------
+
+
+def counterfactual(
+    fit: Fit, cells: Cells, do: Mapping[str, Any], *, n_draws: int, at: np.ndarray | None, names: list[str],
+    scale: float, delta: float, pseudocount: float, interval: float, by_cell: bool, seed: int,
+) -> pd.DataFrame:  # fmt: skip
+    """See `Fit.counterfactual`."""
+    worlds = [[cells], fit._worlds(cells, do)]
+    if not by_cell:
+        unit = np.zeros(len(cells), dtype=int)
+        factual, other = sum_over_cells(fit, cells, worlds, unit, None, n_draws, seed, at, True)
+        all_cells = np.array([True])
+        means = [factual.mean(all_cells), other.mean(all_cells)]
+        member = fit.member_of(n_draws) if fit.members else None
+        table = describe(log2_ratio(means[1], means[0], pseudocount), delta, interval, member)
+        table.insert(0, "factual", scale * means[0].mean(0).numpy())
+        table.insert(1, "counterfactual", scale * means[1].mean(0).numpy())
+        table.index = pd.Index(names, name="gene")
+    else:
+        columns = ["factual", "counterfactual", "lfc_mean", "lfc_sd", "lfc_lower", "lfc_upper", "probability"]
+        require_memory(
+            8 * len(cells) * len(names) * len(columns), "this table", "Ask for fewer genes or cells at a time."
+        )
+        table = _of_each_cell(
+            fit, fit._draws_of("rho", cells, worlds, n_draws, seed, at, True), cells, names, columns, scale, delta,
+            pseudocount, interval,
+        )  # fmt: skip
+    table.attrs = {
+        "do": {k: str(v) for k, v in do.items()}, "delta": delta, "pseudocount": pseudocount,
+        "uncertainty": fit._uncertainty(cells=False), "n_cells": len(cells),
+    }  # fmt: skip
+    return table
+
+
+def _of_each_cell(
+    fit: Fit, draws: Iterator[list[Tensor]], cells: Cells, names: list[str], columns: list[str], scale: float, delta: float,
+    pseudocount: float, interval: float,
+) -> pd.DataFrame:  # fmt: skip
+    rows = []
+    for factual, other in draws:
+        one, two = factual.cpu().numpy(), other.cpu().numpy()
+        lfc = log2_ratio(two, one, pseudocount)
+        member = fit.member_of(len(lfc)) if fit.members else None
+        flat = describe(lfc.reshape(len(lfc), -1), delta, interval, member)[columns[2:]].to_numpy()
+        rows.append(np.concatenate([
+            scale * np.stack([one.mean(0), two.mean(0)], -1), flat.reshape(*lfc.shape[1:], -1)
+        ], -1))  # fmt: skip
+    block = np.concatenate(rows).reshape(len(cells), -1)
+    header = pd.MultiIndex.from_product([names, columns], names=["gene", None])
+    return pd.DataFrame(block, index=cells.names, columns=header)
