@@ -329,8 +329,9 @@ class Fit:
         fdr : genes are called as long as the posterior expected share of false ones is at most this
         n_draws : S; "cell" takes 5,000 pairs
         interval : probability of the equal-tailed interval
-        resample : whether each draw weighs cells by Dirichlet(1, ..., 1); donors, then cells, where ``sample=`` is known
-            Without it the answer is about these very cells.
+        resample : whether each draw weighs cells by Dirichlet(1, ..., 1), for the population they come from
+            Where ``sample=`` is known donors are weighed so, and the cells within each. Without it the answer is
+            about these very cells.
         batches : "shared" decodes both groups under each batch that both have, and averages
             "own" decodes each cell under its own.
         seed : draws are random through it
@@ -342,9 +343,10 @@ class Fit:
             "probability" of |lfc| > delta and its "log_odds"; "bayes_factor" against two states from the prior (NaN
             where that has too few or too many effects) with a word of "evidence" (Kass and Raftery 1995);
             "expected_fdp" if this gene and those above are called, "is_de"; "share1", "share2" decoded, "raw_mean1",
-            "detected1", ... as counted; "group1", "group2". For "donor": "t", "p_value", "df" instead of the Bayes
-            factor. ``.attrs``: estimand, delta, pseudocount, batches, what the uncertainty rests on, and, for a single
-            fit, the 90 % interval of the false discovery proportion of the call. All groups of ``groupby`` are stacked.
+            "detected1", ... as counted; "group1", "group2". For "donor": "t", "df" and the "p_value" of |lfc| <= delta
+            instead of the Bayes factor, and "expected_fdp" is that adjusted by Benjamini and Hochberg. ``.attrs``:
+            estimand, delta, pseudocount, batches, what the uncertainty rests on, and, for a single fit, the 90 %
+            interval of the false discovery proportion of the call. All groups of ``groupby`` are stacked.
 
         Raises
         ------

@@ -99,7 +99,7 @@ def fit(
     objective : any ``pyro.infer.ELBO`` with a ``differentiable_loss``; None takes `MeanFieldELBO`
         Such as ``TraceMeanField_ELBO()``, which ours equals but for speed and noise.
     ensemble : number of refits on resampled donors (``sample=``; cells where they are not known), 0 for none
-        Each starts from the fit and runs half its epochs. Intervals of expression and of effects then hold the
+        Each starts from the fit and runs half as many epochs. Intervals of expression and of effects then hold the
         uncertainty of the decoder; without refits they hold that of the state alone, and are too narrow.
     seed : of the split, the order and the draws; None draws one and keeps it in ``settings``
     device : "auto" (CUDA where there is one), or a torch device
@@ -202,7 +202,10 @@ def fit(
 def _refit(
     result: Fit, cells: Cells, n_members: int, validation: Any, objective: ELBO | None, device: Any, progress: bool
 ) -> None:
-    """Give a fit its members: refits on resampled donors, or cells, that start from it."""
+    """Give a fit its members: refits on resampled donors, or cells, that start from it.
+
+    They end after half its epochs: a choice by held-out cells would bring each back to where it started from.
+    """
     given = result.settings
     names = ("batch_size", "lr", "global_lr", "schedule", "patience", "weight_decay", "clip_norm")
     options = {name: given[name] for name in names}
@@ -218,13 +221,12 @@ def _refit(
             drawn = draw.choice(train, len(train))
         else:
             drawn = np.concatenate([train[donors == d] for d in draw.choice(np.unique(donors), len(np.unique(donors)))])
-        rows = np.r_[np.sort(drawn), held]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PyroscWarning)
             refit = fit(
-                result.program, cells[rows], epochs=max(1, given["epochs"] // 2), warmup=0.0,
-                validation=list(range(len(drawn), len(rows))) or None, objective=objective,
-                seed=int(draw.integers(2**31)), device=device, progress=progress, **options,
+                result.program, cells[np.sort(drawn)], epochs=max(1, given["best_epoch"] // 2), warmup=0.0,
+                validation=None, objective=objective, seed=int(draw.integers(2**31)), device=device,
+                progress=progress, **options,
             )  # fmt: skip
         if refit.settings["state"] == "interrupted":
             text = f"interrupted in refit {m + 1} of {n_members}; those before it are kept"

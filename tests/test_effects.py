@@ -1,0 +1,561 @@
+"""Effects: predicted counts, counterfactuals, differential expression, ensembles; against brute force and simulated truth."""
+
+import warnings
+
+import numpy as np
+import pandas as pd
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from scipy import stats
+
+import pyrosc
+from pyrosc import Cells, GeneDispersion, InverseSqrtPrior, Program, ProgramError, PyroscWarning, effects
+
+from .conftest import small
+
+
+def quiet_fit(program, cells, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PyroscWarning)
+        return pyrosc.fit(program, cells, progress=False, **(dict(epochs=60) | options))
+
+
+@pytest.fixture(scope="module")
+def cells(tissue):
+    return Cells.from_anndata(tissue[:160], batch="batch", label="cell_type")
+
+
+@pytest.fixture(scope="module")
+def fit(cells):
+    return quiet_fit(pyrosc.scvi(cells, n_latent=3, n_hidden=16), cells)
+
+
+@pytest.fixture(scope="module")
+def ensemble(cells):
+    return quiet_fit(pyrosc.scvi(cells, n_latent=3, n_hidden=16), cells, ensemble=3)
+
+
+# ---- predicted counts --------------------------------------------------------------------------
+
+
+def test_predicted_counts_have_the_law_of_the_story(fit, cells):
+    few = cells[:5]
+    drawn = fit.predict(few, 4000)
+
+    assert drawn.shape == (4000, 5, 60)
+    assert (drawn == np.round(drawn)).all()
+    assert (drawn >= 0).all()
+    expected = fit.expression(few, n_draws=4000).to_numpy() * few.library.numpy()
+    error = drawn.std(0) / 4000**0.5
+    assert (np.abs(drawn.mean(0) - expected) < 6 * error + 0.02 * expected).all()  # both are means of draws
+    theta = fit.program.parts["dispersion"]().detach().numpy()
+    assert (drawn.var(0) > (expected + expected**2 / theta) * 0.8).mean() > 0.95  # NB scatter, and that of z
+
+
+def test_predicted_counts_follow_genes_seed_and_do(fit, cells):
+    few = cells[:4]
+
+    assert np.array_equal(fit.predict(few, 3, seed=2), fit.predict(few, 3, seed=2))
+    assert not np.array_equal(fit.predict(few, 3, seed=2), fit.predict(few, 3, seed=3))
+    both = fit.predict(few, 3, genes=["gene7", "gene2"])
+    np.testing.assert_array_equal(both, fit.predict(few, 3)[:, :, [7, 2]])
+    means = [fit.predict(cells, 50, do={"batch": level}).mean((0, 1)) for level in ("batch0", "batch1", "all")]
+    assert np.abs(means[0] - means[1]).max() > 0.3
+    np.testing.assert_allclose(means[2], (means[0] + means[1]) / 2, rtol=0.1, atol=0.2)
+
+
+def test_predict_refuses_what_it_cannot(fit, cells):
+    with pytest.raises(ValueError, match="n_draws must be a whole number"):
+        fit.predict(cells, 0)
+    with pytest.raises(ValueError, match="genes 'gene99' are not in this fit|genes .*gene99.* are not in this fit"):
+        fit.predict(cells, 1, genes=["gene99"])
+    with pytest.raises(ValueError, match="would take"):
+        fit.predict(cells, 10**9)
+
+
+def test_draws_of_global_sites_are_the_same_for_every_block_of_cells(cells, monkeypatch):
+    program = pyrosc.scvi(cells, n_latent=3, n_hidden=8, dispersion=GeneDispersion(prior=InverseSqrtPrior(3.0)))
+
+    def model(cells, *, prior, library, dispersion, decoder, likelihood):
+        theta = dispersion()
+        with cells.plate():
+            pyro.sample("z", prior(cells))
+            pyro.deterministic("shown", theta.expand(*theta.shape[:-1], len(cells), theta.shape[-1]), event_dim=1)
+            pyro.sample("x", dist.Poisson(cells.library.expand(-1, cells.n_genes)).to_event(1), obs=cells.x)
+
+    shown = Program(model, cells, pyrosc.models.scvi.guide, **dict(program.parts.items()))
+    fit = pyrosc.Fit(shown, pd.DataFrame(), {"n_cells": 1, "state": "finished", "best_epoch": 0})
+    monkeypatch.setattr("pyrosc.loading._BLOCK_VALUES", 60 * 6 * 2 * 10)
+
+    drawn = fit.draws("shown", cells[:50], 6)
+
+    assert np.ptp(drawn, axis=1).max() == 0.0  # over cells, in five blocks
+    assert np.ptp(drawn, axis=0).min() > 0.0  # over draws
+
+
+# ---- counterfactuals ---------------------------------------------------------------------------
+
+
+def test_a_counterfactual_is_the_ratio_of_draws_in_two_worlds(fit, cells):
+    few = cells[:6]
+    table = fit.counterfactual(few, {"batch": "batch1"}, 40, seed=5, scale=1e4)
+    factual = fit.draws("rho", few, 40, seed=5).astype(float)
+    other = fit.draws("rho", few, 40, do={"batch": "batch1"}, seed=5).astype(float)
+    lfc = np.log2(other.mean(1)) - np.log2(factual.mean(1))
+
+    np.testing.assert_allclose(table["factual"], 1e4 * factual.mean((0, 1)), rtol=1e-4)
+    np.testing.assert_allclose(table["counterfactual"], 1e4 * other.mean((0, 1)), rtol=1e-4)
+    np.testing.assert_allclose(table["lfc_mean"], lfc.mean(0), atol=1e-5)
+    np.testing.assert_allclose(table["lfc_sd"], lfc.std(0, ddof=1), atol=1e-5)
+    np.testing.assert_allclose(table["lfc_upper"], np.quantile(lfc, 0.95, axis=0), atol=1e-5)
+    np.testing.assert_allclose(table["probability"], (np.abs(lfc) > 0.25).mean(0))
+    assert list(table.index) == list(cells.schema.genes)
+    assert table.attrs["uncertainty"] == "z only"
+    assert table.attrs["do"] == {"batch": "batch1"}
+
+
+def test_a_counterfactual_of_each_cell(fit, cells):
+    few = cells[:6]
+    table = fit.counterfactual(few, {"batch": "batch1"}, 40, ["gene3", "gene1"], by_cell=True, seed=5)
+    factual = fit.draws("rho", few, 40, seed=5)[..., [3, 1]].astype(float)
+    other = fit.draws("rho", few, 40, do={"batch": "batch1"}, seed=5)[..., [3, 1]].astype(float)
+    lfc = np.log2(other) - np.log2(factual)
+
+    np.testing.assert_allclose(table["gene1"]["lfc_mean"], lfc[..., 1].mean(0), atol=1e-5)
+    np.testing.assert_allclose(table["gene3"]["lfc_lower"], np.quantile(lfc[..., 0], 0.05, axis=0), atol=1e-5)
+    stayed = (cells.batch[:6] == 1).numpy()
+    assert stayed.any()
+    assert (table["gene1"]["lfc_mean"][stayed] == 0).all()  # the world they were seen in
+
+
+def test_the_average_over_levels_is_a_world_too(fit, cells):
+    few = cells[:6]
+    table = fit.counterfactual(few, {"batch": "all"}, 10, seed=1)
+    worlds = [fit.draws("rho", few, 10, do={"batch": level}, seed=1) for level in cells.schema.batch.levels]
+
+    np.testing.assert_allclose(table["counterfactual"], np.mean(worlds, axis=(0, 1, 2)), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (dict(do={}), "do names no column"),
+        (dict(do={"donor": "x"}), "donor"),
+        (dict(do={"batch": "batch7"}), "batch7"),
+        (dict(do={"batch": "batch1"}, n_draws=1), "n_draws must be a whole number of at least 2"),
+        (dict(do={"batch": "batch1"}, interval=1.0), "interval must be between 0 and 1"),
+        (dict(do={"batch": "batch1"}, delta=-1.0), "delta must be at least 0"),
+        (dict(do={"batch": "batch1"}, pseudocount="1"), "pseudocount must be a number"),
+    ],
+)
+def test_counterfactual_refuses_what_it_cannot(fit, cells, options, match):
+    with pytest.raises(ValueError, match=match):
+        fit.counterfactual(cells, **options)
+
+
+def test_stories_without_shares_of_cells_are_refused():
+    cells = Cells.from_anndata(small(), batch="donor", label="cell_type")
+
+    def one_profile(cells):
+        rho = pyro.sample("rho", dist.Dirichlet(torch.ones(cells.n_genes)))
+        with cells.plate():
+            pyro.sample("x", dist.Poisson(cells.library * rho).to_event(1), obs=cells.x)
+
+    fit = pyrosc.Fit(Program(one_profile, cells), pd.DataFrame(), {"n_cells": 1, "state": "finished", "best_epoch": 0})
+    with pytest.raises(ProgramError, match='"rho" is one for all cells'):
+        fit.counterfactual(cells, {"donor": "d1"})
+    with pytest.raises(ProgramError, match='"rho" is one for all cells'):
+        fit.differential_expression(cells, "cell_type", "B")
+
+
+# ---- differential expression -------------------------------------------------------------------
+
+
+def brute(fit, cells, masks, n_draws, seed, e=0.0, **options):
+    drawn = fit.draws("rho", cells, n_draws, seed=seed, **options).astype(float)
+    means = [drawn[:, m].mean(1) for m in masks]
+    return np.log2(means[0] + e) - np.log2(means[1] + e)
+
+
+def test_the_effect_of_groups_is_that_of_their_draws(fit, cells):
+    some = cells[:60]
+    kind = some.obs["cell_type"].to_numpy()
+    masks = kind == "type0", kind == "type1"
+
+    table = fit.differential_expression(
+        some,
+        "cell_type",
+        "type0",
+        "type1",
+        resample=False,
+        batches="own",
+        n_draws=50,
+        seed=4,
+        pseudocount=1e-4,
+        delta=0.5,
+    )
+    lfc = brute(fit, some, masks, 50, 4, 1e-4)
+
+    table = table.loc[list(cells.schema.genes)]
+    np.testing.assert_allclose(table["lfc_mean"], lfc.mean(0), atol=1e-4)
+    np.testing.assert_allclose(table["lfc_sd"], lfc.std(0, ddof=1), atol=1e-4)
+    np.testing.assert_allclose(table["probability"], (np.abs(lfc) > 0.5).mean(0), atol=0.021)
+    x = some.x.numpy()
+    np.testing.assert_allclose(table["raw_mean1"], x[masks[0]].mean(0), rtol=1e-5)
+    np.testing.assert_allclose(table["detected2"], (x[masks[1]] > 0).mean(0), rtol=1e-5)
+    masked = fit.differential_expression(
+        some,
+        group1=masks[0],
+        group2=masks[1],
+        resample=False,
+        batches="own",
+        n_draws=50,
+        seed=4,
+        pseudocount=1e-4,
+        delta=0.5,
+    )
+    assert masked["lfc_mean"].equals(fit.differential_expression(
+        some, "cell_type", "type0", ["type1"], resample=False, batches="own", n_draws=50, seed=4, pseudocount=1e-4,
+        delta=0.5,
+    )["lfc_mean"])  # fmt: skip
+
+
+def test_shared_batches_take_their_share_of_the_draws(fit, cells):
+    some = cells[:60]
+    kind = some.obs["cell_type"].to_numpy()
+    masks = kind == "type0", kind != "type0"
+
+    table = fit.differential_expression(some, "cell_type", "type0", resample=False, n_draws=31, seed=4, pseudocount=0.0)
+    lfc = np.concatenate([
+        brute(fit, some, masks, n, 4 + k, do={"batch": level})
+        for k, (level, n) in enumerate(zip(cells.schema.batch.levels, (16, 15)))
+    ])  # fmt: skip
+
+    np.testing.assert_allclose(table.loc[list(cells.schema.genes), "lfc_mean"], lfc.mean(0), atol=1e-4)
+    assert table.attrs["batches"] == list(cells.schema.batch.levels)
+    assert set(table["group2"]) == {"rest"}
+
+
+def test_every_group_against_the_rest_is_each_of_them_alone(fit, cells):
+    options = dict(n_draws=20, resample=False, batches="own", seed=1)
+    together = fit.differential_expression(cells, "cell_type", **options)
+
+    for level in cells.schema.label.levels:
+        alone = fit.differential_expression(cells, "cell_type", level, **options)
+        mine = together[together["group1"] == level]
+        np.testing.assert_allclose(mine["lfc_mean"], alone.loc[mine.index, "lfc_mean"], atol=1e-4)
+        assert together.attrs["delta"][level] == pytest.approx(alone.attrs["delta"], abs=1e-3)
+
+
+def test_the_bayesian_bootstrap_scatters_as_cells_do(fit, cells):
+    """What weighing cells adds to the variance over draws is the variance of a mean of the cells' shares."""
+    kind = cells.obs["cell_type"].to_numpy()
+    table = fit.differential_expression(cells, "cell_type", "type0", batches="own", n_draws=400, pseudocount=0.0)
+    still = fit.differential_expression(
+        cells, "cell_type", "type0", batches="own", n_draws=400, pseudocount=0.0, resample=False
+    )
+    # Weights Dirichlet(1, ..., 1) give a mean of n values the variance of the values over n + 1.
+    drawn = fit.draws("rho", cells, 40).astype(float)
+
+    def variance(rows):
+        return (rows.var(1) / (rows.shape[1] + 1) / rows.mean(1) ** 2).mean(0) / np.log(2) ** 2
+
+    expected = np.sqrt(variance(drawn[:, kind == "type0"]) + variance(drawn[:, kind != "type0"]))
+    genes = list(cells.schema.genes)
+    added = np.sqrt(np.maximum(table.loc[genes, "lfc_sd"] ** 2 - still.loc[genes, "lfc_sd"] ** 2, 0)).to_numpy()
+    assert np.median(added / expected) == pytest.approx(1.0, abs=0.1)
+    assert table.attrs["uncertainty"] == "z and cells"
+    assert still.attrs["uncertainty"] == "z only"
+
+
+def test_donors_are_resampled_whole(tissue):
+    donor = np.array([f"d{i}" for i in range(8)])[np.arange(160) % 8]
+    data = tissue[:160].copy()
+    data.obs["donor"] = donor
+    cells = Cells.from_anndata(data, label="cell_type", sample="donor")
+    fit = quiet_fit(pyrosc.scvi(cells, n_latent=3, n_hidden=16), cells)
+
+    drawn = fit.differential_expression(cells, "cell_type", "type0", n_draws=200, pseudocount=0.0)
+    nameless = Cells.from_anndata(data[:, :].copy(), label="cell_type")
+    del nameless.obs["donor"]
+    plain = fit.differential_expression(nameless, "cell_type", "type0", n_draws=200, pseudocount=0.0)
+
+    # Eight donors weighed, each of five cells of a type, scatter at least as much as the cells alone.
+    assert np.median(drawn["lfc_sd"].loc[plain.index] / plain["lfc_sd"]) > 1.05
+
+
+def test_pairs_of_cells_scatter_as_cells_do(fit, cells):
+    table = fit.differential_expression(cells, "cell_type", "type0", "type1", estimand="cell", pseudocount=0.0)
+    shares = np.log2(fit.expression(cells, do={"batch": "all"}, n_draws=50).to_numpy())
+    kind = cells.obs["cell_type"].to_numpy()
+    one, two = shares[kind == "type0"], shares[kind == "type1"]
+
+    genes = list(cells.schema.genes)
+    np.testing.assert_allclose(table.loc[genes, "lfc_mean"], one.mean(0) - two.mean(0), atol=0.25)
+    spread = np.sqrt(one.var(0) + two.var(0))
+    assert (table.loc[genes, "lfc_sd"] > 0.9 * spread).mean() > 0.9  # theirs, and that of the states
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (dict(groupby="kind"), 'there is no column "kind"'),
+        (dict(groupby="cell_type", group1="type9"), 'there is no level "type9"'),
+        (dict(groupby="cell_type", group1="type0", group2=["type0", "type1"]), "cells are in both groups"),
+        (dict(groupby="cell_type", group2="type0"), "group2 without group1"),
+        (dict(group1=np.ones(3, dtype=bool)), "must be a mask of 160 cells"),
+        (dict(group1=np.ones(160, dtype=bool)), "holds no cell"),
+        (dict(groupby="cell_type", group1=np.ones(160, dtype=bool)), "masks go without groupby"),
+        (dict(groupby="cell_type", estimand="pairs"), "estimand must be"),
+        (dict(groupby="cell_type", estimand="donor"), "needs to know donors"),
+        (dict(groupby="cell_type", batches="each"), "batches must be"),
+        (dict(groupby="cell_type", fdr=2.0), "fdr must be between 0 and 1"),
+        (dict(groupby="cell_type", n_draws=1), "n_draws must be"),
+    ],
+)
+def test_differential_expression_refuses_what_it_cannot(fit, cells, options, match):
+    with pytest.raises(ValueError, match=match):
+        fit.differential_expression(cells, **options)
+
+
+def test_groups_without_a_shared_batch_are_refused_unless_asked_for(fit, cells):
+    batch = cells.obs["batch"].to_numpy()
+
+    with pytest.raises(ValueError, match="share no level"):
+        fit.differential_expression(cells, group1=batch == "batch0", group2=batch == "batch1")
+    table = fit.differential_expression(cells, group1=batch == "batch0", group2=batch == "batch1", batches="own")
+    assert table.attrs["batches"] == "own"
+
+
+# ---- calls -------------------------------------------------------------------------------------
+
+
+def test_the_expected_share_of_false_calls_is_a_running_mean():
+    probability = np.array([0.9, 1.0, 0.5, 0.9])
+
+    found = effects.expected_fdp(probability)
+
+    # in order 1.0, 0.9, 0.9, 0.5; the two of 0.9 are called together
+    np.testing.assert_allclose(found, [0.2 / 3, 0.0, 0.7 / 4, 0.2 / 3])
+
+
+def test_calls_by_true_probabilities_keep_the_rate():
+    draw = np.random.default_rng(0)
+    rates = []
+    for _ in range(50):
+        probability = draw.beta(0.4, 0.4, 2000)
+        is_true = draw.random(2000) < probability
+        called = effects.expected_fdp(probability) <= 0.1
+        rates.append(1 - is_true[called].mean())
+    assert np.mean(rates) == pytest.approx(0.1, abs=3 * np.std(rates) / 50**0.5 + 0.002)
+    assert np.mean(effects.expected_fdp(np.ones(10))) == 0.0
+
+
+def test_the_threshold_comes_from_the_outer_effects():
+    draw = np.random.default_rng(0)
+    lfc = np.r_[draw.normal(0, 0.1, 800), draw.normal(2.0, 0.2, 100), draw.normal(-2.0, 0.2, 100)]
+
+    assert effects.delta_of(lfc) == pytest.approx(1.2, abs=0.1)
+    assert effects.delta_of(draw.normal(0, 0.05, 1000)) == 0.3  # its floor
+
+
+def test_a_pseudocount_is_what_unseen_genes_get():
+    shares = torch.tensor([[1e-3, 2e-5, 1e-5, 0.9], [1e-3, 4e-5, 1e-6, 0.9]])
+    counts = np.array([5, 0, 0, 9])
+
+    assert effects.pseudocount_of([counts], [shares]) == pytest.approx(np.quantile([4e-5, 1e-5], 0.9))
+    assert effects.pseudocount_of([np.ones(4)], [shares]) == 0.0
+
+
+# ---- donors ------------------------------------------------------------------------------------
+
+
+def test_moderated_variances_find_their_prior():
+    draw = np.random.default_rng(0)
+    true = 4.0 * 0.3 / draw.chisquare(4.0, 20_000)  # scaled inverse chi-square, 4 degrees, scale 0.3
+    seen = true * draw.chisquare(5, 20_000) / 5
+
+    variance, df = effects.moderated(seen, 5)
+
+    assert df == pytest.approx(9.0, rel=0.1)  # 5 + 4
+    np.testing.assert_allclose(variance[:5], (4 * 0.3 + 5 * seen[:5]) / 9, rtol=0.1)
+    assert effects.moderated(0.3 * draw.chisquare(5, 1000) / 5, 5)[1] > 50  # one variance for all
+
+
+def donor_table(draw, shift, n_donors, is_paired, by_donor=0.4, n_genes=150):
+    """A table by donor from made-up donor means."""
+    donors = np.arange(2 * n_donors) % n_donors if is_paired else np.arange(2 * n_donors)
+    effect = draw.normal(0, by_donor, (2 * n_donors, n_genes))
+    if is_paired:  # a donor is alike in both groups
+        effect = effect / 2 + np.tile(draw.normal(0, by_donor, (n_donors, n_genes)), (2, 1))
+    group = np.repeat([0, 1], n_donors)
+    level = draw.normal(-8, 1.5, n_genes) + effect + np.outer(group == 0, shift)
+    sums = effects.Sums(torch.tensor(2.0**level).unsqueeze(0), torch.ones(1, 2 * n_donors))
+    return sums, donors, group
+
+
+@pytest.mark.parametrize("is_paired", [True, False])
+def test_donors_without_an_effect_are_left_in_peace(is_paired, monkeypatch):
+    draw = np.random.default_rng(0)
+    monkeypatch.setattr(effects, "_finish", lambda table, *a: table.assign(is_de=table["expected_fdp"] <= 0.05))
+    monkeypatch.setattr(effects, "_counts_of", lambda cells, mask: (np.ones(150),))
+    null, found, p_values = [], [], []
+    for _ in range(60):
+        for shift, kept in ((np.zeros(150), null), (np.r_[np.full(20, 2.5), np.zeros(130)], found)):
+            sums, donors, group = donor_table(draw, shift, 6, is_paired)
+            masks = group == 0, group == 1
+            pair = effects.Comparison(("a", "b"), masks)
+            table = effects._by_donor(None, None, pair, sums, list(masks), donors, donors, 0.5, 0.0, 0.05, 0.9)
+            kept.append(table["is_de"].to_numpy())
+            if not shift.any():
+                p_values.append(effects._by_donor(
+                    None, None, pair, sums, list(masks), donors, donors, 0.0, 0.0, 0.05, 0.9)["p_value"].to_numpy())  # fmt: skip
+            else:
+                assert table["lfc_mean"][:20].mean() == pytest.approx(2.5, abs=0.5)
+
+    assert np.mean([k.any() for k in null]) <= 0.1
+    found = np.stack(found)
+    assert found[:, :20].mean() > 0.9
+    assert found[:, 20:].sum() / found.sum() <= 0.05
+    assert stats.kstest(np.concatenate(p_values)[::7], "uniform").pvalue > 0.001
+
+
+def test_too_few_donors_are_refused(tissue):
+    data = tissue[:80].copy()
+    data.obs["donor"] = np.array(["a", "b"])[np.arange(80) % 2]
+    cells = Cells.from_anndata(data, label="cell_type", sample="donor")
+    fit = quiet_fit(pyrosc.scvi(cells, n_latent=2, n_hidden=8), cells, epochs=2)
+
+    with pytest.raises(ValueError, match="needs three donors in both groups"):
+        fit.differential_expression(cells, "cell_type", "type0", estimand="donor")
+
+
+def test_donors_are_compared_within_themselves(tissue):
+    data = tissue[:240].copy()
+    data.obs["donor"] = np.array(["a", "b", "c", "d"])[np.arange(240) % 4]
+    cells = Cells.from_anndata(data, label="cell_type", sample="donor")
+    fit = quiet_fit(pyrosc.scvi(cells, n_latent=3, n_hidden=16), cells)
+
+    table = fit.differential_expression(
+        cells, "cell_type", "type0", "type1", estimand="donor", pseudocount=0.0, n_draws=10
+    )
+
+    shares = fit.draws("rho", cells, 10).mean(0)
+    kind, donor = cells.obs["cell_type"].to_numpy(), cells.obs["donor"].to_numpy()
+    lfc = np.stack([
+        np.log2(shares[(kind == "type0") & (donor == d)].mean(0)) - np.log2(shares[(kind == "type1") & (donor == d)].mean(0))
+        for d in "abcd"
+    ])  # fmt: skip
+    np.testing.assert_allclose(table.loc[list(cells.schema.genes), "lfc_mean"], lfc.mean(0), atol=0.02)
+    assert table.attrs["uncertainty"] == "donors"
+    assert (table["df"] >= 3).all()
+
+
+# ---- ensembles ---------------------------------------------------------------------------------
+
+
+def test_an_ensemble_is_refits_from_the_fit(ensemble, fit, cells):
+    assert len(ensemble.members) == ensemble.settings["ensemble"] == 3
+    assert ensemble.settings["resampled"] == "cells"
+    for a, b in zip(ensemble.program.parameters(), fit.program.parameters(), strict=True):
+        assert torch.equal(a, b)  # the fit itself is the same
+    one, two = (dict(m.named_parameters()) for m in ensemble.members[:2])
+    assert not torch.equal(one["parts.decoder.out.weight"], two["parts.decoder.out.weight"])
+    assert np.array_equal(ensemble.latent(cells), fit.latent(cells))
+
+
+def test_an_ensemble_is_less_sure(ensemble, fit, cells):
+    one = fit.differential_expression(cells, "cell_type", "type0", resample=False, delta=0.3)
+    many = ensemble.differential_expression(cells, "cell_type", "type0", resample=False, delta=0.3)
+
+    assert np.median(many["lfc_sd"] / one.loc[many.index, "lfc_sd"]) > 2
+    assert many.attrs["uncertainty"] == "z and decoder"
+    narrow = fit.expression(cells[:20], interval=0.9).xs("sd", axis=1, level=1)
+    wide = ensemble.expression(cells[:20], interval=0.9).xs("sd", axis=1, level=1)
+    assert np.median(wide / narrow) > 1.0
+    assert (ensemble.expression(cells[:20], interval=0.9).xs("lower", axis=1, level=1) >= 0).all(axis=None)
+
+
+def test_members_answer_in_blocks_of_any_size(ensemble, cells, monkeypatch):
+    whole = ensemble.expression(cells[:30], n_draws=7)
+    means = []
+    for m, member in enumerate(ensemble.members):
+        alone = pyrosc.Fit(member, ensemble.history, ensemble.settings)
+        seed = int(np.random.SeedSequence([0, m]).generate_state(1)[0])
+        means.append((3, 2, 2)[m] * alone.expression(cells[:30], n_draws=(3, 2, 2)[m], seed=seed).to_numpy())
+    np.testing.assert_allclose(whole.to_numpy(), sum(means) / 7, rtol=1e-4)
+
+    monkeypatch.setattr("pyrosc.loading._BLOCK_VALUES", 60 * 50)  # blocks of 8 and of 12 cells
+    blocks = ensemble.expression(cells[:30], n_draws=7)
+    assert blocks.shape == whole.shape
+    np.testing.assert_allclose(blocks.to_numpy(), whole.to_numpy(), rtol=1.0)  # other draws of the same cells
+    assert list(blocks.index) == list(whole.index)
+
+
+def test_an_ensemble_is_one_file(ensemble, cells, tmp_path):
+    ensemble.save(tmp_path / "e.safetensors")
+    again = pyrosc.load(tmp_path / "e.safetensors")
+
+    assert len(again.members) == 3
+    assert again.expression(cells[:5], interval=0.9).equals(ensemble.expression(cells[:5], interval=0.9))
+    assert len(again.to("cpu").members) == 3
+
+
+def test_a_quantity_of_an_ensemble_has_rubins_law():
+    draw = np.random.default_rng(0)
+    member = np.repeat(np.arange(5), 200)
+    draws = draw.normal(0, 1, (1000, 400)) + draw.normal(0, 2, (5, 400))[member]
+
+    mean, sd, law = effects.t_law(draws, member)
+
+    means = np.stack([draws[member == m].mean(0) for m in range(5)])
+    within = np.mean([draws[member == m].var(0, ddof=1) for m in range(5)], axis=0)
+    between = 1.2 * (means.var(0, ddof=1) - within / 200)
+    np.testing.assert_allclose(sd, np.sqrt(within + between))
+    np.testing.assert_allclose(law.kwds.get("df", law.args[0] if law.args else None), 4 * (1 + within / between) ** 2)
+    np.testing.assert_allclose(mean, means.mean(0))
+    # It covers the centre that members scatter around, where their own draws do not.
+    covers = np.abs(mean) < law.ppf(0.95) * np.sqrt(between / 5 + within / 1000)
+    assert covers.mean() > 0.85
+    assert (np.abs(mean) < 1.64 * np.sqrt(within / 1000)).mean() < 0.3
+
+
+def test_ensembles_of_one_and_too_few_draws_are_refused(ensemble, cells):
+    with pytest.raises(ValueError, match="ensemble must be 0 for none"):
+        pyrosc.fit(ensemble.program, cells, ensemble=1)
+    with pytest.raises(ValueError, match="n_draws=2 is below the 3 refits"):
+        ensemble.expression(cells, n_draws=2)
+
+
+def test_an_ensemble_resamples_donors(tissue):
+    data = tissue[:120].copy()
+    data.obs["donor"] = np.array(["a", "b", "c", "d"])[np.arange(120) % 4]
+    cells = Cells.from_anndata(data, sample="donor")
+
+    fit = quiet_fit(pyrosc.scvi(cells, n_latent=2, n_hidden=8), cells, epochs=2, ensemble=2)
+
+    assert fit.settings["resampled"] == "donor"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_intervals_of_an_ensemble_cover_the_truth_where_those_of_one_fit_do_not(seed):
+    data = pyrosc.simulate.tissue(1500, 300, n_types=4, n_batches=1, seed=seed)
+    cells = Cells.from_anndata(data, label="cell_type")
+    fit = quiet_fit(pyrosc.scvi(cells), cells, epochs=None, ensemble=5)
+    single = pyrosc.Fit(fit.program, fit.history, fit.settings)
+    kind, rho = data.obs["cell_type"].to_numpy(), data.layers["rho"]
+
+    covered = {"ensemble": [], "single": []}
+    for one, two in (("type0", "type1"), ("type2", "type3"), ("type1", "type2")):
+        truth = np.log2(rho[kind == one].mean(0)) - np.log2(rho[kind == two].mean(0))
+        for name, asked in (("ensemble", fit), ("single", single)):
+            table = asked.differential_expression(cells, "cell_type", one, two, resample=False)
+            table = table.loc[list(cells.schema.genes)]
+            covered[name].append((table["lfc_lower"] < truth) & (truth < table["lfc_upper"]))
+
+    # 900 genes in three pairs of one fit: they err together, so that the band is that of the promise.
+    assert 0.83 <= np.mean(covered["ensemble"]) <= 0.96
+    assert np.mean(covered["single"]) < 0.5
