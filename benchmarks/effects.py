@@ -36,9 +36,10 @@ from pyrosc import Cells, Fit, effects
 RATES = (0.05, 0.1, 0.2)
 
 
-def one_seed(
-    seed: int, n_cells: int, n_members: int
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], float, float]:
+Rows = list[dict[str, Any]]
+
+
+def one_seed(seed: int, n_cells: int, n_members: int) -> tuple[Rows, Rows, float, float]:
     data = pyrosc.simulate.tissue(n_cells, seed=seed)
     cells = Cells.from_anndata(data, batch="batch", label="cell_type")
     began = time.perf_counter()
@@ -142,7 +143,8 @@ def main() -> None:
         calls += further
         note = (
             f"{len({r['seed'] for r in coverage})} simulated tissues of {given.cells:,} cells, ensembles of "
-            f"{given.members} (the last took {seconds:.0f} s, its first fit {alone:.0f} s), one thread, torch {torch.__version__}"
+            f"{given.members} (the last took {seconds:.0f} s, its first fit {alone:.0f} s), one thread, "
+            f"torch {torch.__version__}"
         )
         text = report(coverage, calls, note)
         print(text, flush=True)
