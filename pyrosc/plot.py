@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
 
     from .posterior import Fit
@@ -92,4 +93,51 @@ def latent(z: Any, color: Any = None, ax: Axes | None = None, *, title: str = ""
     ax.set(xlabel=f"{name} 1", ylabel=f"{name} 2", xticks=[], yticks=[], title=title)
     if color is not None and len(levels) <= 30:
         ax.legend(frameon=False, fontsize=7, bbox_to_anchor=(1, 1), loc="upper left", markerscale=2)
+    return ax
+
+
+def volcano(table: pd.DataFrame, ax: Axes | None = None, *, n_names: int = 10, title: str = "") -> Axes:
+    """Probability of an effect against its size, for a table of `Fit.differential_expression`; calls in colour.
+
+    Parameters
+    ----------
+    n_names : how many genes are named, those of largest effect among the calls
+    """
+    ax = _axes(ax)
+    called = table["is_de"].to_numpy()
+    for mask, colour, label in ((~called, "0.7", None), (called, "C3", f"{int(called.sum()):,} called")):
+        ax.scatter(table["lfc_mean"][mask], table["probability"][mask], s=9, lw=0, color=colour, label=label)
+    delta = table.attrs.get("delta")
+    if isinstance(delta, float):
+        for side in (-delta, delta):
+            ax.axvline(side, color="0.6", lw=0.8, ls=":")
+    largest = table[called].assign(size=lambda t: t["lfc_mean"].abs()).nlargest(n_names, "size")
+    for gene, row in largest.iterrows():
+        ax.annotate(
+            str(gene), (row["lfc_mean"], row["probability"]), fontsize=7, xytext=(2, 2), textcoords="offset points"
+        )
+    groups = f"{table['group1'].iloc[0]} over {table['group2'].iloc[0]}" if "group1" in table else ""
+    ax.set(xlabel=f"log2 fold change, {groups}".rstrip(", "), ylabel="P(|lfc| > delta)", title=title)
+    if called.any():
+        ax.legend(frameon=False)
+    return ax
+
+
+def predictive(table: pd.DataFrame, statistic: str, ax: Axes | None = None) -> Axes:
+    """Observed against replicated values of a statistic, for a table of `check.posterior_predictive`.
+
+    Bars are 90 % of the replicates; what lies off the line in colour is outside them.
+    """
+    if statistic not in set(table["statistic"]):
+        raise ValueError(f'the table has no statistic "{statistic}"; it has {sorted(set(table["statistic"]))}')
+    ax = _axes(ax)
+    rows = table[table["statistic"] == statistic]
+    outside = ((rows["observed"] < rows["q05"]) | (rows["observed"] > rows["q95"])).to_numpy()
+    for mask, colour in ((~outside, "0.6"), (outside, "C3")):
+        part = rows[mask]
+        bars = [part["q50"] - part["q05"], part["q95"] - part["q50"]]
+        ax.errorbar(part["observed"], part["q50"], yerr=bars, fmt=".", ms=4, lw=0.5, color=colour)
+    low, high = rows[["observed", "q05"]].min().min(), rows[["observed", "q95"]].max().max()
+    ax.plot([low, high], [low, high], color="C0", lw=0.8)
+    ax.set(xlabel=f"observed {statistic}", ylabel="replicated, 90 %", title=f"{outside.mean():.0%} outside")
     return ax

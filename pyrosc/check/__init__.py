@@ -2,5 +2,8 @@
 
 from .compare import compare, paired, thinned_log_likelihood
 from .importance import importance, pareto_k
+from .predictive import posterior_predictive, prior_predictive
 
-__all__ = ["compare", "importance", "paired", "pareto_k", "thinned_log_likelihood"]
+__all__ = [
+    "compare", "importance", "paired", "pareto_k", "posterior_predictive", "prior_predictive", "thinned_log_likelihood",
+]  # fmt: skip
