@@ -26,12 +26,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
+from pyro import poutine
 from scipy import special, stats
 from torch import Tensor
 
 from .cells import Cells
 from .counts import require_memory
-from .errors import ProgramError
+from .loading import blocks
 from .schema import did_you_mean, listed
 
 if TYPE_CHECKING:
@@ -86,18 +87,18 @@ def sum_over_cells(
     for groups in fit._draws_of("rho", read, worlds, n_draws, seed, at, changed):
         n = groups[0].shape[1]
         here = slice(start, start + n)
-        member = (code[here].unsqueeze(-1) == torch.arange(n_units)).double()  # (n, U)
-        of_cells = member.expand(n_draws, n, n_units)
+        local, place = code[here].unique(return_inverse=True)  # a block of cells meets few of many units
+        member = (place.unsqueeze(-1) == torch.arange(len(local))).double()  # (n, u)
+        of_cells = member.expand(n_draws, n, len(local))
         if weights is not None:
             of_cells = of_cells * weights[:, here].double().unsqueeze(-1)
-        of_cells = of_cells.to(groups[0])
         for k, shares in enumerate(groups):
-            sums = torch.einsum("snu,sng->sug", of_cells, shares).double().cpu()
             if len(found) <= k:
-                found.append(Sums(sums, of_cells.sum(1).double().cpu()))
-            else:
-                found[k].shares += sums
-                found[k].weights += of_cells.sum(1).double().cpu()
+                room = torch.zeros(n_draws, n_units, shares.shape[-1], dtype=torch.float64)
+                found.append(Sums(room, torch.zeros(n_draws, n_units, dtype=torch.float64)))
+            sums = torch.einsum("snu,sng->sug", of_cells.to(shares), shares)
+            found[k].shares.index_add_(1, local, sums.double().cpu())
+            found[k].weights.index_add_(1, local, of_cells.sum(1))
         start += n
     return found
 
@@ -274,12 +275,14 @@ def _mask(cells: Cells, group: Any, name: str) -> np.ndarray:
 
 def differential_expression(
     fit: Fit, cells: Cells, pairs: list[Comparison], *, estimand: str, delta: float | None, pseudocount: float | None,
-    fdr: float, n_draws: int, interval: float, resample: bool, batches: str, seed: int,
+    fdr: float, n_draws: int, interval: float, resample: bool, batches: str, donor: str | None, seed: int,
 ) -> pd.DataFrame:  # fmt: skip
     """See `Fit.differential_expression`."""
-    donors = _donors(cells)
+    donors = _donors(cells, donor)
     if estimand == "donor" and donors is None:
-        raise ValueError('estimand="donor" needs to know donors: Cells.from_anndata(adata, sample="donor")')
+        raise ValueError(
+            'estimand="donor" needs to know donors: name a column, donor=..., or read cells with sample=...'
+        )
     worlds, levels = _shared_worlds(fit, cells, pairs, batches if estimand != "donor" else "own")
     tables = []
     if estimand == "cell":
@@ -327,12 +330,19 @@ def differential_expression(
     return table
 
 
-def _donors(cells: Cells) -> np.ndarray | None:
-    """(N,) code of each cell's sample; None where they are not known."""
-    if cells.schema.sample is None:
-        return None
-    code = cells.codes[cells.schema.sample.column].cpu().numpy()
-    return None if (code < 0).any() else code
+def _donors(cells: Cells, column: str | None) -> np.ndarray | None:
+    """(N,) code of each cell's donor; None where they are not known."""
+    if column is None:
+        if cells.schema.sample is None:
+            return None
+        code = cells.codes[cells.schema.sample.column].cpu().numpy()
+        return None if (code < 0).any() else code
+    if column not in cells.obs.columns:
+        raise ValueError(f'donor: there is no column "{column}".' + did_you_mean(column, cells.obs.columns))
+    missing = cells.obs[column].isna().to_numpy()
+    if missing.any():
+        raise ValueError(f'donor: "{column}" is missing for {missing.sum():,} cells ({listed(cells.names[missing])})')
+    return np.unique(cells.obs[column].astype(str).to_numpy(), return_inverse=True)[1]
 
 
 def _shared_worlds(fit: Fit, cells: Cells, pairs: list[Comparison], batches: str) -> tuple[list[Cells], Any]:
@@ -459,12 +469,13 @@ def _prior_effects(fit: Fit, pair: Comparison, worlds: list[Cells], pseudocount:
     """(1000, G) effects between one state from the prior for each group, decoded as the groups' cells are."""
     draw, sides = np.random.default_rng([seed, 1]), []
     for mask in pair.masks:
-        chosen = draw.choice(np.flatnonzero(mask), 1000)
-        world = worlds[int(draw.integers(len(worlds)))]
-        made = fit.program.generate(world[chosen], seed=int(draw.integers(2**31)))
-        if "rho" not in made:
-            raise ProgramError(f'{fit.program.story} has no site "rho", which this needs')
-        sides.append(made["rho"].expand(1000, -1))
+        chosen = np.sort(draw.choice(np.flatnonzero(mask), 1000))
+        world = worlds[int(draw.integers(len(worlds)))].rows(torch.as_tensor(chosen).to(fit.device), whole=True)
+        # Counts are there, so that the story draws the states alone, from their prior.
+        with fit.program.driven(int(draw.integers(2**31))), torch.no_grad():
+            runs: list[Any] = [poutine.trace(fit.program.model).get_trace(block) for block in blocks(world)]
+            found = [run.nodes["rho"]["value"] for run in runs]
+        sides.append(torch.cat(found).cpu()[torch.from_numpy(draw.permutation(1000))])
     return log2_ratio(sides[0], sides[1], pseudocount)
 
 
@@ -481,9 +492,8 @@ def _by_donor(
     is_paired = len(both) >= 3
     sides = [both, both] if is_paired else [np.setdiff1d(t, both) for t in there]
     if not is_paired and min(map(len, sides)) < 3:
-        named: Any = fit.schema.sample
         raise ValueError(
-            f'estimand="donor" needs three donors in both groups, or three on each side; of "{named.column}" '
+            'estimand="donor" needs three donors in both groups, or three on each side; '
             f"{len(both)} are in both, {len(there[0])} in group1 and {len(there[1])} in group2"
         )
     means = [

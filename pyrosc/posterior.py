@@ -308,6 +308,7 @@ class Fit:
         interval: float = 0.9,
         resample: bool = True,
         batches: str = "shared",
+        donor: str | None = None,
         seed: int = 0,
     ) -> pd.DataFrame:
         """Which genes differ between groups of cells, by how much, and how sure that is.
@@ -322,7 +323,7 @@ class Fit:
         estimand : "population", "cell" or "donor"
             "population" compares the groups' mean shares. "cell" compares a random cell of one with a random cell of
             the other: its spread is that of the cells and does not shrink with more of them. "donor" compares
-            donors' means by a moderated t, paired where three donors or more are in both groups; it needs ``sample=``.
+            donors' means by a moderated t, paired where three donors or more are in both groups.
             Groups that differ by donor are told apart by "donor" alone: the others take every cell for a witness.
         delta : |lfc| above which a gene counts as different; None takes it from the effects themselves, at least 0.3
         pseudocount : added to shares; None takes what genes that were not seen still get
@@ -330,10 +331,12 @@ class Fit:
         n_draws : S; "cell" takes 5,000 pairs
         interval : probability of the equal-tailed interval
         resample : whether each draw weighs cells by Dirichlet(1, ..., 1), for the population they come from
-            Where ``sample=`` is known donors are weighed so, and the cells within each. Without it the answer is
+            Where donors are known they are weighed so, and the cells within each. Without it the answer is
             about these very cells.
         batches : "shared" decodes both groups under each batch that both have, and averages
             "own" decodes each cell under its own.
+        donor : column of ``obs`` that names donors; None takes the cells' ``sample=``
+            A donor with a sample under each of two conditions is paired by this.
         seed : draws are random through it
 
         Returns
@@ -357,9 +360,10 @@ class Fit:
 
         Notes
         -----
-        A single fit knows the decoder for certain: its intervals cover a few per cent where 90 are nominal, and its
-        calls are too many. ``fit(..., ensemble=5)`` mends that (benchmarks/results/effects.md). Groups that were found
-        on these counts use them twice: cluster on one half of ``cells.thin(0.5)``, test on the other.
+        Effects are the decoder's: how donors differ is in them as far as the story lets a donor (``batch=``) change
+        them. A single fit knows the decoder for certain: its intervals cover a few per cent where 90 are nominal, and
+        its calls are too many. ``fit(..., ensemble=5)`` mends that (benchmarks/results/effects.md). Groups that were
+        found on these counts use them twice: cluster on one half of ``cells.thin(0.5)``, test on the other.
 
         References
         ----------
@@ -378,7 +382,7 @@ class Fit:
         self._require_rho_of_cells(cells)
         return differential_expression(
             self, cells, pairs, estimand=estimand, delta=delta, pseudocount=pseudocount, fdr=fdr, n_draws=n_draws,
-            interval=interval, resample=resample, batches=batches, seed=seed,
+            interval=interval, resample=resample, batches=batches, donor=donor, seed=seed,
         )  # fmt: skip
 
     def draws(

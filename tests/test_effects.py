@@ -311,6 +311,7 @@ def test_pairs_of_cells_scatter_as_cells_do(fit, cells):
         (dict(groupby="cell_type", estimand="pairs"), "estimand must be"),
         (dict(groupby="cell_type", estimand="donor"), "needs to know donors"),
         (dict(groupby="cell_type", batches="each"), "batches must be"),
+        (dict(groupby="cell_type", donor="patient"), 'donor: there is no column "patient"'),
         (dict(groupby="cell_type", fdr=2.0), "fdr must be between 0 and 1"),
         (dict(groupby="cell_type", n_draws=1), "n_draws must be"),
     ],
@@ -451,6 +452,11 @@ def test_donors_are_compared_within_themselves(tissue):
     np.testing.assert_allclose(table.loc[list(cells.schema.genes), "lfc_mean"], lfc.mean(0), atol=0.02)
     assert table.attrs["uncertainty"] == "donors"
     assert (table["df"] >= 3).all()
+    named = Cells.from_anndata(data, label="cell_type")  # a column of obs does as well
+    again = fit.differential_expression(
+        named, "cell_type", "type0", "type1", estimand="donor", pseudocount=0.0, n_draws=10, donor="donor"
+    )
+    np.testing.assert_allclose(again["lfc_mean"], table.loc[again.index, "lfc_mean"], atol=1e-6)
 
 
 # ---- ensembles ---------------------------------------------------------------------------------
