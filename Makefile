@@ -35,6 +35,8 @@ tutorials: setup
 
 bench: setup
 	$(BIN)/python benchmarks/density.py
+	$(BIN)/python benchmarks/first_layer.py
+	$(BIN)/python benchmarks/speed.py --short
 
 clean:
 	rm -rf .venv .venv-bench build dist *.egg-info demo

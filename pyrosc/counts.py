@@ -23,7 +23,7 @@ from torch import Tensor
 
 logger = logging.getLogger("pyrosc")
 
-_PIECE = 2**22  # entries that a pass over a matrix looks at in one go
+_PIECE = 2**20  # entries that a pass over a matrix looks at in one go
 _ROOM = "pyrosc_nonzeros"  # attribute under which a dense block carries its Nonzeros
 
 
@@ -131,10 +131,16 @@ class CountMatrix:
         return at, row, length
 
     def take(self, rows: Tensor) -> CountMatrix:
-        """The matrix of these rows, in this order."""
-        at, _, length = self._entries(rows)
-        indptr = torch.cat([length.new_zeros(1), length.cumsum(0)])
-        return CountMatrix(indptr, self.indices[at], self.data[at], self.n_genes)
+        """The matrix of these rows, in this order; gathered piece by piece, at little more memory than it holds."""
+        indptr = torch.zeros(len(rows) + 1, dtype=torch.int64, device=rows.device)
+        torch.cumsum(self.indptr[rows + 1] - self.indptr[rows], 0, out=indptr[1:])
+        indices, data = self.indices.new_empty(int(indptr[-1])), self.data.new_empty(int(indptr[-1]))
+        size = max(1, int(_PIECE * len(self) / max(self.nnz, 1)))
+        for start in range(0, len(rows), size):
+            at, _, _ = self._entries(rows[start : start + size])
+            here = slice(int(indptr[start]), int(indptr[min(start + size, len(rows))]))
+            indices[here], data[here] = self.indices[at], self.data[at]
+        return CountMatrix(indptr, indices, data, self.n_genes)
 
     def dense(self, rows: Tensor, dtype: torch.dtype, mask: Tensor | None = None) -> Tensor:
         """Rows as a dense block (n, G) that carries its non-zero entries."""
