@@ -149,7 +149,10 @@ def _at_once(cells: Cells, n_draws: int) -> list[int]:
 
 def _predicted(fit: Fit, cells: Cells, n_draws: int, seed: int) -> Iterator[np.ndarray]:
     for k, n in enumerate(_at_once(cells, n_draws)):
-        yield from fit.predict(cells, max(n, len(fit.members)), seed=seed + k)[:n]
+        drawn = fit.predict(cells, max(n, len(fit.members)), seed=seed + k)
+        # Draws come member by member: fewer than there are members are taken at random.
+        some = np.random.default_rng(seed + k).permutation(len(drawn))[:n] if n < len(drawn) else np.arange(n)
+        yield from drawn[some]
 
 
 def _dropped(fit: Fit, kept: Cells, rest: Cells, fraction: float, n_draws: int, seed: int) -> Iterator[np.ndarray]:
