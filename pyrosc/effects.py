@@ -278,6 +278,10 @@ def differential_expression(
     fdr: float, n_draws: int, interval: float, resample: bool, batches: str, donor: str | None, seed: int,
 ) -> pd.DataFrame:  # fmt: skip
     """See `Fit.differential_expression`."""
+    asked = np.any([mask for pair in pairs for mask in pair.masks], axis=0)
+    if not asked.all():  # cells in no group have nothing to say
+        cells = cells[asked]
+        pairs = [Comparison(pair.names, (pair.masks[0][asked], pair.masks[1][asked])) for pair in pairs]
     donors = _donors(cells, donor)
     if estimand == "donor" and donors is None:
         raise ValueError(

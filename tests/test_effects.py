@@ -174,6 +174,8 @@ def test_stories_without_shares_of_cells_are_refused():
 
 
 def brute(fit, cells, masks, n_draws, seed, e=0.0, **options):
+    asked = masks[0] | masks[1]
+    cells, masks = cells[asked], [mask[asked] for mask in masks]
     drawn = fit.draws("rho", cells, n_draws, seed=seed, **options).astype(float)
     means = [drawn[:, m].mean(1) for m in masks]
     return np.log2(means[0] + e) - np.log2(means[1] + e)
@@ -443,8 +445,9 @@ def test_donors_are_compared_within_themselves(tissue):
         cells, "cell_type", "type0", "type1", estimand="donor", pseudocount=0.0, n_draws=10
     )
 
-    shares = fit.draws("rho", cells, 10).mean(0)
-    kind, donor = cells.obs["cell_type"].to_numpy(), cells.obs["donor"].to_numpy()
+    two = cells[cells.obs["cell_type"].isin(["type0", "type1"]).to_numpy()]
+    shares = fit.draws("rho", two, 10).mean(0)
+    kind, donor = two.obs["cell_type"].to_numpy(), two.obs["donor"].to_numpy()
     lfc = np.stack([
         np.log2(shares[(kind == "type0") & (donor == d)].mean(0)) - np.log2(shares[(kind == "type1") & (donor == d)].mean(0))
         for d in "abcd"
