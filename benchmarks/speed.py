@@ -23,10 +23,10 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -274,7 +274,9 @@ def child(task: str, package: str, n_cells: int, n_genes: int, path: str | None)
     if task == "import":
         print("JSON " + json.dumps(found | {"peak GB": peak()}))
         return
-    adata = kang(path) if path else simulated(n_cells, n_genes)
+    import anndata
+
+    adata = anndata.read_h5ad(path)
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -319,13 +321,19 @@ def child(task: str, package: str, n_cells: int, n_genes: int, path: str | None)
 
 
 def peak() -> float:
-    """Largest resident memory of this process so far, GB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    """Largest resident memory of this process so far, GB (Linux: `getrusage` would tell that of its parent)."""
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("VmHWM"))
 
 
 def apart(task: str, package: str, n_cells: int = 0, n_genes: int = 0, path: str | None = None) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--child", task, package, str(n_cells), str(n_genes), path or ""]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory() as folder:
+        if task != "import":  # made here, so that the child's memory is not that of making it
+            data = kang(path) if path else simulated(n_cells, n_genes)
+            path = str(Path(folder) / "data.h5ad")
+            data.write_h5ad(path)
+        command = [sys.executable, __file__, "--child", task, package, str(n_cells), str(n_genes), path or ""]
+        ran = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line for line in ran.stdout.splitlines() if line.startswith("JSON ")]
     if not lines:
         return {"package": package, "cells": n_cells, "genes": n_genes, "failed": ran.stderr.strip()[-300:]}
