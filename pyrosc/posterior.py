@@ -756,7 +756,8 @@ def _check_numbers(**numbers: Any) -> None:
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not np.isfinite(value):
-            raise ValueError(f"{name} must be a number, not {value!r}")
+            what = "a positive number, such as 1e4" if name == "scale" else "a number"
+            raise ValueError(f"{name} must be {what}, not {value!r}")
         if name in ("interval", "fdr") and not 0 < value < 1:
             raise ValueError(f"{name} must be between 0 and 1, not {value!r}")
         if name == "scale" and not value > 0:

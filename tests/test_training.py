@@ -338,7 +338,8 @@ def test_minibatches_cut_from_a_window_are_those_gathered_alone(cells, monkeypat
 def test_epochs_follow_the_number_of_cells():
     assert default_epochs(10**6, 128) == 10
     assert default_epochs(100, 128) == 100
-    assert 20 <= default_epochs(2_200, 128) <= 60
+    assert default_epochs(2_200, 128) == 67  # of 18 steps each
+    assert default_epochs(2_200, 128, steps=600) == 33
 
 
 # ---- arguments ---------------------------------------------------------------------------------
