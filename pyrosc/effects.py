@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from .posterior import Fit
 
 _PAIRS = 5000  # pairs of cells of the estimand "cell"
-_ESTIMANDS = ("population", "cell", "donor")
+ESTIMANDS = ("population", "cell", "donor")
 _EVIDENCE = ((3.0, "barely worth a mention"), (10.0, "substantial"), (100.0, "strong"), (np.inf, "decisive"))
 
 
@@ -294,13 +294,13 @@ def differential_expression(
             lfcs, means, e = _cell_pairs(fit, cells, pair, worlds, pseudocount, seed + i)
             tables.append(_table(fit, cells, pair, lfcs, means, delta, fdr, interval, e, worlds, None, seed))
     else:
-        unit, units = _units(pairs, donors)
+        unit, inside, by = _units(pairs, donors)
         require_memory(
-            8 * n_draws * len(units) * cells.n_genes * (1 + (len(worlds) > 1)), "sums over the cells of every group",
+            8 * n_draws * len(by) * cells.n_genes * (1 + (len(worlds) > 1)), "sums over the cells of every group",
             "Ask for fewer draws or groups.",
         )  # fmt: skip
         draw = torch.Generator().manual_seed(seed)
-        parts, per_world = [], _shares_of(n_draws, len(worlds))
+        parts, per_world = [], _shares_of(n_draws, len(worlds), len(fit.members))
         member = np.concatenate([fit.member_of(n) for n in per_world]) if fit.members else None
         exponential = resample and estimand == "population"
         of_donor: Tensor | None = None
@@ -311,13 +311,12 @@ def differential_expression(
             (sums,) = sum_over_cells(fit, cells, [[world]], unit, weights, n, seed + k, None, len(worlds) > 1)
             parts.append(sums)
         sums = Sums(torch.cat([p.shares for p in parts]), torch.cat([p.weights for p in parts]))
-        by = units["donor"].to_numpy() if donors is not None else None
-        for pair in pairs:
-            inside = [units["patterns"].map(lambda p, m=m: p in m).to_numpy() for m in _patterns(pairs, pair)]
+        for k, pair in enumerate(pairs):
+            both = [inside[:, 2 * k], inside[:, 2 * k + 1]]
             if estimand == "donor":
-                tables.append(_by_donor(fit, cells, pair, sums, inside, by, donors, delta, pseudocount, fdr, interval))
+                tables.append(_by_donor(fit, cells, pair, sums, both, by, donors, delta, pseudocount, fdr, interval))
                 continue
-            means = [sums.mean(units_in, by if of_donor is not None else None, of_donor) for units_in in inside]
+            means = [sums.mean(units, by, of_donor) for units in both]
             counts = [_counts_of(cells, mask)[0] for mask in pair.masks]
             e = pseudocount_of(counts, means) if pseudocount is None else pseudocount
             lfc = log2_ratio(means[0], means[1], e)
@@ -367,30 +366,28 @@ def _shared_worlds(fit: Fit, cells: Cells, pairs: list[Comparison], batches: str
     return [cells.do(**{factor.column: level}) for level in levels], levels
 
 
-def _shares_of(n_draws: int, n_worlds: int) -> list[int]:
-    if n_worlds > n_draws:
-        raise ValueError(f"n_draws={n_draws} is below the {n_worlds} batches that are averaged over; ask for more")
+def _shares_of(n_draws: int, n_worlds: int, n_members: int) -> list[int]:
+    """Draws of each batch that is averaged over, at least one of each member of an ensemble."""
+    if n_worlds * max(n_members, 1) > n_draws:
+        of_members = f" of each of {n_members} refits" if n_members else ""
+        raise ValueError(
+            f"n_draws={n_draws} is too few to draw under {n_worlds} batches{of_members}: ask for at least "
+            f"{n_worlds * max(n_members, 1)}"
+        )
     return [n_draws // n_worlds + (k < n_draws % n_worlds) for k in range(n_worlds)]
 
 
-def _units(pairs: list[Comparison], donors: np.ndarray | None) -> tuple[np.ndarray, pd.DataFrame]:
-    """Cells of a donor that no comparison tells apart make one unit: (N,) its number, and a table of them."""
-    member = np.stack([m for pair in pairs for m in pair.masks], 1)
-    _, pattern = np.unique(member, axis=0, return_inverse=True)
-    pattern = pattern.reshape(-1)
-    donor = np.zeros(len(pattern), dtype=int) if donors is None else donors
-    frame = pd.DataFrame({"patterns": pattern, "donor": donor})
-    unit = frame.groupby(["patterns", "donor"], sort=True).ngroup().to_numpy()
-    units = frame.assign(unit=unit).drop_duplicates("unit").sort_values("unit").reset_index(drop=True)
-    return unit, units
+def _units(pairs: list[Comparison], donors: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cells of a donor that no comparison tells apart make one unit.
 
-
-def _patterns(pairs: list[Comparison], pair: Comparison) -> list[set[int]]:
-    """The patterns of membership that make up each group of a comparison."""
-    member = np.stack([m for p in pairs for m in p.masks], 1)
-    rows, _ = np.unique(member, axis=0, return_inverse=True)
-    k = next(i for i, p in enumerate(pairs) if p is pair)
-    return [set(np.flatnonzero(rows[:, 2 * k + side])) for side in (0, 1)]
+    Returns
+    -------
+    (N,) number of each cell's unit; (U, 2 P) whether a unit is in group1 and group2 of each pair; (U,) its donor
+    """
+    member = np.stack([mask for pair in pairs for mask in pair.masks], 1)
+    donor = np.zeros(len(member), dtype=int) if donors is None else donors
+    kinds, unit = np.unique(np.column_stack([member, donor]), axis=0, return_inverse=True)
+    return unit.reshape(-1), kinds[:, :-1].astype(bool), kinds[:, -1]
 
 
 def _counts_of(cells: Cells, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -410,13 +407,13 @@ def _cell_pairs(
 ) -> tuple[np.ndarray, list[Tensor], float]:
     """(P, G) effects of random pairs of cells, one of each group; means (1, G); the pseudocount."""
     draw = np.random.default_rng(seed)
-    per_world = _shares_of(_PAIRS, len(worlds))
+    per_world, least = _shares_of(_PAIRS, len(worlds), len(fit.members)), max(len(fit.members), 1)
     sides = []
     for k, mask in enumerate(pair.masks):
         inside, rows = np.flatnonzero(mask), []
         for j, (world, n) in enumerate(zip(worlds, per_world)):
-            some = np.sort(draw.choice(inside, size=min(len(inside), n), replace=False))
-            n_draws = -(-n // len(some))
+            some = np.sort(draw.choice(inside, size=min(len(inside), n // least), replace=False))
+            n_draws = max(-(-n // len(some)), least)
             shares = fit._draws_of(
                 "rho", cells[some], [[world[some]]], n_draws, seed + 1000 * k + j, None, len(worlds) > 1
             )

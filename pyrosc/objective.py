@@ -23,8 +23,8 @@ class MeanFieldELBO(TraceMeanField_ELBO):
     Parameters
     ----------
     path_gradients : whether a Monte Carlo KL term has its gradient through the draw alone
-        What is left out has mean zero and is noise; with it, fits under learned priors end some nats lower
-        (Roeder et al. 2017, NeurIPS, "Sticking the landing"). False is Pyro's own gradient.
+        What is left out has mean zero and is noise (Roeder et al. 2017, NeurIPS, "Sticking the landing"). False is
+        Pyro's own gradient.
     **options : of ``TraceMeanField_ELBO``
 
     Notes

@@ -323,7 +323,8 @@ class Fit:
         estimand : "population", "cell" or "donor"
             "population" compares the groups' mean shares. "cell" compares a random cell of one with a random cell of
             the other: its spread is that of the cells and does not shrink with more of them. "donor" compares
-            donors' means by a moderated t, paired where three donors or more are in both groups.
+            donors' means by a moderated t, paired where three donors or more are in both groups. Donors in one group
+            only are left out of pairs; donors in both are left out where there are too few to pair.
             Groups that differ by donor are told apart by "donor" alone: the others take every cell for a witness.
         delta : |lfc| above which a gene counts as different; None takes it from the effects themselves, at least 0.3
         pseudocount : added to shares; None takes what genes that were not seen still get
@@ -369,10 +370,10 @@ class Fit:
         ----------
         Boyeau et al. 2023, PNAS 120:e2209124120; Smyth 2004, Stat. Appl. Genet. Mol. Biol. 3:3.
         """
-        from .effects import comparisons, differential_expression
+        from .effects import ESTIMANDS, comparisons, differential_expression
 
         cells = self._ready(cells)
-        if estimand not in ("population", "cell", "donor"):
+        if estimand not in ESTIMANDS:
             raise ValueError(f'estimand must be "population", "cell" or "donor", not {estimand!r}')
         if batches not in ("shared", "own"):
             raise ValueError(f'batches must be "shared" or "own", not {batches!r}')

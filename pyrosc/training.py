@@ -49,8 +49,8 @@ _GLOBAL_BETAS = (0.9, 0.95)
 # Steps of a fit, by default. After 600 SIM-A is 6 nats a cell short and its effects between types come out at 0.6 of
 # their size, though the end of the schedule looks settled; Kang has all it gets (benchmarks/results/steps.md).
 _STEPS = 1200
-# With a prior that is learned, or whose KL term is noisy otherwise: after 600 steps VampPrior was 7 and a flow 4 nats a
-# cell behind N(0, I) (Poisson counts on SIM-A), after 1,350 both were ahead (benchmarks/results/priors.md).
+# With a prior that is learned, or whose KL term is noisy otherwise: Poisson counts on SIM-A left VampPrior 7.7 and a
+# flow 5.0 nats a cell behind N(0, I) after 600 steps, 0.45 and 3.1 with this (benchmarks/results/priors_steps.md).
 _LEARNED_STEPS = 1500
 # With global sites no held-out cells end a fit, and small data are overfitted by more: on 560 cells of PBMC 1,200 steps
 # cost 15 nats a held-out cell.
@@ -223,7 +223,7 @@ def _refit(
     donors = None
     if cells.schema.sample is not None:
         donors = cells.codes[cells.schema.sample.column].cpu().numpy()[train]
-    members = []
+    members: list[Program] = []
     for m in range(n_members):
         draw = np.random.default_rng([given["seed"], m])
         if donors is None:
@@ -238,13 +238,15 @@ def _refit(
                 progress=progress, **options,
             )  # fmt: skip
         if refit.settings["state"] == "interrupted":
-            text = f"interrupted in refit {m + 1} of {n_members}; those before it are kept"
-            warnings.warn(text, PyroscWarning, stacklevel=3)
+            kept = f"the {m} before it are kept" if m > 1 else "there is no ensemble, as it takes two"
+            warnings.warn(f"interrupted in refit {m + 1} of {n_members}: {kept}", PyroscWarning, stacklevel=3)
+            members = members if m > 1 else []
             break
         members.append(refit.program)
     result.members = tuple(members)
+    factor = cells.schema.sample
     result.settings["ensemble"] = len(members)
-    result.settings["resampled"] = "cells" if donors is None else cells.schema.sample.column  # type: ignore[union-attr]
+    result.settings["resampled"] = "cells" if factor is None else factor.column
 
 
 def default_epochs(n_cells: int, batch_size: int, most: int = 100, steps: int = _STEPS) -> int:

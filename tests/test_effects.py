@@ -538,14 +538,48 @@ def test_ensembles_of_one_and_too_few_draws_are_refused(ensemble, cells):
         ensemble.expression(cells, n_draws=2)
 
 
-def test_an_ensemble_resamples_donors(tissue):
+def test_an_ensemble_resamples_whole_donors(tissue, monkeypatch):
     data = tissue[:120].copy()
     data.obs["donor"] = np.array(["a", "b", "c", "d"])[np.arange(120) % 4]
     cells = Cells.from_anndata(data, sample="donor")
+    trained = []
+    prepare = pyrosc.training._Run.prepare
+    monkeypatch.setattr(pyrosc.training._Run, "prepare", lambda run: (trained.append(run.train.names), prepare(run))[1])
 
-    fit = quiet_fit(pyrosc.scvi(cells, n_latent=2, n_hidden=8), cells, epochs=2, ensemble=2)
+    fit = quiet_fit(pyrosc.scvi(cells, n_latent=2, n_hidden=8), cells, epochs=2, ensemble=4)
 
     assert fit.settings["resampled"] == "donor"
+    own = {d: sorted(n for n in trained[0] if cells.obs.loc[n, "donor"] == d) for d in "abcd"}
+    assert len(trained) == 5
+    for names in trained[1:]:
+        times = pd.Series(names).value_counts()
+        for mine in own.values():  # all cells of a donor, as often as it was drawn
+            assert len({times.get(n, 0) for n in mine}) == 1
+        assert set(names) <= set(trained[0])  # held-out cells stay out
+    assert any(len(set(names)) < len(set(trained[0])) for names in trained[1:])
+
+
+def test_an_ensemble_that_is_interrupted_keeps_what_it_has(cells, fit, monkeypatch):
+    class Interrupted:
+        settings = {"state": "interrupted"}  # noqa: RUF012
+
+    for n_done, n_kept in ((0, 0), (1, 0), (2, 2)):
+        done = iter([fit] * n_done + [Interrupted])
+        first = pyrosc.Fit(fit.program, fit.history, dict(fit.settings))
+        monkeypatch.setattr(pyrosc.training, "fit", lambda *a, done=done, **k: next(done))
+        with pytest.warns(PyroscWarning, match=f"interrupted in refit {n_done + 1} of 3"):
+            pyrosc.training._refit(first, cells, 3, 0.1, None, "cpu", False)
+        assert len(first.members) == first.settings["ensemble"] == n_kept
+
+
+def test_ensembles_answer_about_pairs_of_cells_and_batches(ensemble, cells, monkeypatch):
+    monkeypatch.setattr(effects, "_PAIRS", 60)  # fewer than the cells of a group, as in large data
+
+    pairs = ensemble.differential_expression(cells, "cell_type", "type0", "type1", estimand="cell")
+
+    assert np.isfinite(pairs["lfc_sd"]).all()
+    with pytest.raises(ValueError, match="n_draws=5 is too few to draw under 2 batches of each of 3 refits: .* 6"):
+        ensemble.differential_expression(cells, "cell_type", "type0", n_draws=5)
 
 
 @pytest.mark.slow

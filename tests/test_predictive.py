@@ -78,10 +78,9 @@ def test_replicates_come_in_pieces_that_fit_into_memory(fitted, monkeypatch):
 
     table = posterior_predictive(fit, cells[:40], ["mean"], n_draws=20)
 
-    first = fit.predict(cells[:40], 7, seed=0)
-    last = fit.predict(cells[:40], 6, seed=2)
-    assert (table["q95"] >= np.minimum(first.mean(1).min(0), last.mean(1).min(0))).all()
-    assert table["q50"].between(0.2 * table["observed"], 5 * table["observed"] + 1).all()
+    made = np.concatenate([fit.predict(cells[:40], n, seed=k) for k, n in enumerate((7, 7, 6))]).mean(1)
+    for column, at in (("q05", 0.05), ("q50", 0.5), ("q95", 0.95)):
+        np.testing.assert_allclose(table[column], np.quantile(made, at, axis=0), rtol=1e-5)
 
 
 def test_dispersion_of_counts_is_missed_by_poisson_and_not_by_nb(cells, thinned):
@@ -116,7 +115,7 @@ def test_p_values_of_counts_from_the_story_itself_are_uniform(cells, thinned):
 
     p = table["p"].to_numpy()
     # 120 p-values of one data set, dependent: binomial(120, 0.05) ends within 0.5 and 10 %, and about half above 0.5
-    assert 0.0 <= (p <= 0.05).mean() <= 0.12
+    assert (p <= 0.05).mean() <= 0.12
     assert 0.3 <= (p <= 0.5).mean() <= 0.7
 
 

@@ -136,24 +136,38 @@ def thinned_log_likelihood(fit: Fit, cells: Cells | anndata.AnnData, n_draws: in
     kept, rest = cells.thin(fraction, seed=seed)
 
     def ask(block: Cells, trace: poutine.Trace, n: int | None) -> Tensor:
-        if "x" not in trace.nodes:
-            raise ProgramError(f'{fit.program.story} has no site "x" of counts, so there is nothing to predict')
-        site: Any = trace.nodes["x"]
-        law = site["fn"].base_dist if hasattr(site["fn"], "base_dist") else site["fn"]
-        if not hasattr(law, "rest_given"):
-            raise ValueError(
-                f"the law of the counts, {type(law).__name__}, has no method rest_given(kept, fraction): what thinning "
-                "drops, given what it keeps. Write one; or, for fits of the same likelihood and library, fit them on "
-                "full counts and compare their log p(x)."
-            )
+        law = dropped(fit, trace, fraction)
         rows: Any = block._rows
-        dropped: Any = rest.rows(rows.cpu(), whole=True).to(fit.device).x
-        value = law.rest_given(site["value"], fraction).to_event(1).log_prob(dropped)
+        held: Any = rest.rows(rows.cpu(), whole=True).to(fit.device).x
+        value = law.to_event(1).log_prob(held)
         return value.reshape(-1, len(block))
 
     ready = fit._ready(kept)
     draws = by_draws(fit.program, ready, [[ready]], n_draws, seed, ask)
     return torch.cat([d.logsumexp(0) - np.log(len(d)) for (d,) in draws]).double().cpu().numpy()
+
+
+def dropped(fit: Fit, trace: poutine.Trace, fraction: float) -> Any:
+    """Law of the counts that thinning dropped, given those of a run that it kept.
+
+    Raises
+    ------
+    ProgramError
+        If the story has no counts.
+    ValueError
+        If their law does not know what is left of it.
+    """
+    if "x" not in trace.nodes:
+        raise ProgramError(f'{fit.program.story} has no site "x" of counts, so there is nothing to predict')
+    site: Any = trace.nodes["x"]
+    law = site["fn"].base_dist if hasattr(site["fn"], "base_dist") else site["fn"]
+    if not hasattr(law, "rest_given"):
+        raise ValueError(
+            f"the law of the counts, {type(law).__name__}, has no method rest_given(kept, fraction): what thinning "
+            "drops, given what it keeps. Write one; or use fits on full counts (those of the same likelihood and "
+            "library are compared by their log p(x))."
+        )
+    return law.rest_given(site["value"], fraction)
 
 
 def paired(difference: np.ndarray, units: np.ndarray, interval: float = 0.95) -> tuple[float, float, float, float]:

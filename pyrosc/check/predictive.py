@@ -28,6 +28,7 @@ from ..draws import by_draws
 from ..posterior import Fit, _whole
 from ..program import Program
 from ..schema import did_you_mean, listed
+from .compare import dropped
 
 Statistic = Callable[[np.ndarray], Any]
 
@@ -131,6 +132,8 @@ def prior_predictive(
     story = program.program if isinstance(program, Fit) else program
     ready = Cells.align(cells, story.schema)
 
+    _at_once(ready, n_draws)  # refused where one replicate would not fit
+
     def made() -> Iterator[np.ndarray]:
         for s in range(n_draws):
             yield story.generate(ready, seed=int(np.random.SeedSequence([seed, s]).generate_state(1)[0]))["x"].numpy()
@@ -159,19 +162,16 @@ def _dropped(fit: Fit, kept: Cells, rest: Cells, fraction: float, n_draws: int, 
     """Replicates of what thinning dropped, given what it kept."""
 
     def ask(block: Cells, trace: poutine.Trace, n: int | None) -> Tensor:
-        site: Any = trace.nodes["x"]
-        law = site["fn"].base_dist if hasattr(site["fn"], "base_dist") else site["fn"]
-        if not hasattr(law, "rest_given"):
-            raise ValueError(
-                f"the law of the counts, {type(law).__name__}, has no method rest_given(kept, fraction): what thinning "
-                "drops, given what it keeps. Write one, or check a fit on full counts"
-            )
-        drawn = law.rest_given(site["value"], fraction).sample()
+        drawn = dropped(fit, trace, fraction).sample()
         return drawn.reshape(-1, len(block), drawn.shape[-1])
 
+    programs = fit.members or (fit.program,)
     for k, n in enumerate(_at_once(kept, n_draws)):
-        found = [d.cpu() for (d,) in by_draws(fit.program, kept, [[kept]], n, seed + k, ask)]
-        yield from torch.cat(found, 1).numpy()
+        for m, program in enumerate(programs):
+            mine = len(range(m, n, len(programs)))
+            if mine:
+                found = by_draws(program, kept, [[kept]], mine, seed + 1000 * m + k, ask)
+                yield from torch.cat([d.cpu() for (d,) in found], 1).numpy()
 
 
 def _chosen(statistics: Sequence[str] | Mapping[str, Statistic] | None) -> dict[str, tuple[str | None, Statistic]]:
