@@ -14,7 +14,8 @@ et al. 2021, Nature Communications 12:5692, for donors):
     donor        means of donors, by a moderated t (Smyth 2004); called by a test of |lfc| <= delta
 
 Genes of the first two are called by the posterior expected false discovery proportion: in order of P(|lfc| > delta),
-as long as the mean of 1 - P over those called is at most ``fdr`` (Müller et al. 2004, JASA 99:990).
+as long as the mean of 1 - P over those called is at most ``fdr`` (Müller et al. 2004, JASA 99:990). In "population" P
+is that of effects with the prior that all genes share (`shrinkage`): with a flat prior on each the rate is not kept.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from .cells import Cells
 from .counts import require_memory
 from .loading import blocks
 from .schema import did_you_mean, listed
+from .shrinkage import Shrunk, moderated, shrunk
 
 if TYPE_CHECKING:
     from .posterior import Fit
@@ -111,8 +113,8 @@ def log2_ratio(above: Tensor | np.ndarray, below: Tensor | np.ndarray, pseudocou
     return np.log2(np.asarray(above, dtype=float) + pseudocount) - np.log2(np.asarray(below, dtype=float) + pseudocount)
 
 
-def t_law(draws: np.ndarray, member: np.ndarray) -> tuple[np.ndarray, np.ndarray, Any]:
-    """Mean, sd and Student law of a quantity from draws (S, ...) of members (S,) of an ensemble; see `Fit.spread`."""
+def t_law(draws: np.ndarray, member: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, sd and degrees of freedom of a quantity from draws (S, ...) of members (S,); see `Fit.spread`."""
     groups = [draws[member == m] for m in np.unique(member)]
     n_members, n_each = len(groups), len(draws) / len(groups)
     means = np.stack([g.mean(0) for g in groups])
@@ -121,30 +123,66 @@ def t_law(draws: np.ndarray, member: np.ndarray) -> tuple[np.ndarray, np.ndarray
     with np.errstate(divide="ignore", invalid="ignore"):
         df = (n_members - 1) * (1 + within / between) ** 2
     df = np.where(np.isfinite(df), np.minimum(df, 1e6), 1e6)
-    return means.mean(0), np.sqrt(within + between), stats.t(df)
+    return means.mean(0), np.sqrt(within + between), df
 
 
-def describe(lfc: np.ndarray, delta: float, interval: float, member: np.ndarray | None = None) -> pd.DataFrame:
-    """One row a gene from draws (S, G): mean, sd, median, equal-tailed interval, P(|lfc| > delta) and its log odds.
+@dataclass
+class Effects:
+    """What draws say of each gene's effect, without regard to the others.
 
-    With ``member`` (S,), the refit that each draw is of, by Student's law of the ensemble.
+    mean, sd : (G,)
+    draws : (S, G)
+    df : (G,) of Student's law about the mean, for an ensemble; None for one fit, whose law is that of the draws
     """
-    if member is not None:
-        mean, sd, law = t_law(lfc, member)
-        scale = np.maximum(sd, 1e-12)
-        reach = law.ppf(0.5 + interval / 2) * sd
-        chance = law.sf((delta - mean) / scale) + law.cdf((-delta - mean) / scale)
-        low, middle, high = mean - reach, mean, mean + reach
-        odds = np.log(np.maximum(chance, 1e-12)) - np.log(np.maximum(1 - chance, 1e-12))
-    else:
-        mean, sd = lfc.mean(0), lfc.std(0, ddof=1)
-        low, middle, high = np.quantile(lfc, [(1 - interval) / 2, 0.5, (1 + interval) / 2], axis=0)
-        above = (np.abs(lfc) > delta).sum(0)
-        chance, odds = above / len(lfc), np.log((above + 0.5) / (len(lfc) - above + 0.5))
-    return pd.DataFrame({
-        "lfc_mean": mean, "lfc_sd": sd, "lfc_median": middle, "lfc_lower": low, "lfc_upper": high,
-        "probability": chance, "log_odds": odds,
-    })  # fmt: skip
+
+    mean: np.ndarray
+    sd: np.ndarray
+    draws: np.ndarray
+    df: np.ndarray | None
+
+    @classmethod
+    def of(cls, draws: np.ndarray, member: np.ndarray | None, abundance: np.ndarray | None = None) -> Effects:
+        """From draws (S, G) and the refit (S,) that each is of; with ``abundance`` (G,) variances are moderated."""
+        if member is None:
+            return cls(draws.mean(0), draws.std(0, ddof=1), draws, None)
+        mean, sd, df = t_law(draws, member)
+        if abundance is not None:
+            variance, df = moderated(sd**2, df, abundance)
+            sd = np.sqrt(variance)
+        return cls(mean, sd, draws, df)
+
+    def quantiles(self, *at: float) -> list[np.ndarray]:
+        """(G,) for each probability."""
+        if self.df is None:
+            return list(np.quantile(self.draws, at, axis=0))
+        return [self.mean + stats.t.ppf(q, self.df) * self.sd for q in at]
+
+    def cdf(self, value: float) -> np.ndarray:
+        """(G,) probability of an effect of at most ``value``."""
+        if self.df is None:
+            return (self.draws <= value).mean(0)
+        return stats.t.cdf((value - self.mean) / np.maximum(self.sd, 1e-12), self.df)
+
+    def log_odds(self, delta: float) -> np.ndarray:
+        """(G,) log odds of |effect| > delta."""
+        if self.df is not None:
+            return log_odds(1 - self.cdf(delta) + self.cdf(-delta))
+        above = (np.abs(self.draws) > delta).sum(0)
+        return np.log((above + 0.5) / (len(self.draws) - above + 0.5))
+
+    def table(self, delta: float, interval: float) -> pd.DataFrame:
+        """One row a gene: mean, sd, median, equal-tailed interval, P(|lfc| > delta) and its log odds."""
+        low, middle, high = self.quantiles((1 - interval) / 2, 0.5, (1 + interval) / 2)
+        chance = (np.abs(self.draws) > delta).mean(0) if self.df is None else 1 - self.cdf(delta) + self.cdf(-delta)
+        return pd.DataFrame({
+            "lfc_mean": self.mean, "lfc_sd": self.sd, "lfc_median": middle, "lfc_lower": low, "lfc_upper": high,
+            "probability": chance, "log_odds": self.log_odds(delta),
+        })  # fmt: skip
+
+
+def log_odds(probability: np.ndarray) -> np.ndarray:
+    """log p / (1 - p), of p within 1e-12 of 0 and 1 at most."""
+    return np.log(np.maximum(probability, 1e-12)) - np.log(np.maximum(1 - probability, 1e-12))
 
 
 def expected_fdp(probability: np.ndarray) -> np.ndarray:
@@ -275,7 +313,7 @@ def _mask(cells: Cells, group: Any, name: str) -> np.ndarray:
 
 def differential_expression(
     fit: Fit, cells: Cells, pairs: list[Comparison], *, estimand: str, delta: float | None, pseudocount: float | None,
-    fdr: float, n_draws: int, interval: float, resample: bool, batches: str, donor: str | None, seed: int,
+    fdr: float, n_draws: int, interval: float, resample: bool, shrink: bool, batches: str, donor: str | None, seed: int,
 ) -> pd.DataFrame:  # fmt: skip
     """See `Fit.differential_expression`."""
     asked = np.any([mask for pair in pairs for mask in pair.masks], axis=0)
@@ -292,7 +330,8 @@ def differential_expression(
     if estimand == "cell":
         for i, pair in enumerate(pairs):
             lfcs, means, e = _cell_pairs(fit, cells, pair, worlds, pseudocount, seed + i)
-            tables.append(_table(fit, cells, pair, lfcs, means, delta, fdr, interval, e, worlds, None, seed))
+            found = Effects.of(lfcs, None)
+            tables.append(_table(fit, cells, pair, found, means, delta, fdr, interval, e, worlds, False, seed + i))
     else:
         unit, inside, by = _units(pairs, donors)
         require_memory(
@@ -320,7 +359,9 @@ def differential_expression(
             counts = [_counts_of(cells, mask)[0] for mask in pair.masks]
             e = pseudocount_of(counts, means) if pseudocount is None else pseudocount
             lfc = log2_ratio(means[0], means[1], e)
-            tables.append(_table(fit, cells, pair, lfc, means, delta, fdr, interval, e, worlds, member, seed))
+            abundance = (means[0] + means[1]).mean(0).numpy()
+            found = Effects.of(lfc, member, abundance if shrink else None)
+            tables.append(_table(fit, cells, pair, found, means, delta, fdr, interval, e, worlds, shrink, seed + k))
     table = pd.concat(tables)
     by_draws = fit._uncertainty(cells=resample and estimand == "population")
     table.attrs = dict(tables[0].attrs) | {
@@ -426,24 +467,38 @@ def _cell_pairs(
 
 
 def _table(
-    fit: Fit, cells: Cells, pair: Comparison, lfc: np.ndarray, means: list[Tensor], delta: float | None, fdr: float,
-    interval: float, pseudocount: float, worlds: list[Cells], member: np.ndarray | None, seed: int,
+    fit: Fit, cells: Cells, pair: Comparison, effects: Effects, means: list[Tensor], delta: float | None, fdr: float,
+    interval: float, pseudocount: float, worlds: list[Cells], shrink: bool, seed: int,
 ) -> pd.DataFrame:  # fmt: skip
-    delta = delta_of(lfc.mean(0)) if delta is None else delta
-    table = describe(lfc, delta, interval, member)
+    delta = delta_of(effects.mean) if delta is None else delta
+    table = effects.table(delta, interval)
+    law: Effects | Shrunk = effects
+    if shrink:
+        # Draws of one fit have the sd that they show; with S draws it is known to S - 1 degrees of freedom.
+        df = effects.df if effects.df is not None else float(len(effects.draws) - 1)
+        law = shrunk(effects.mean, effects.sd, df)
+        table["probability"] = law.probability(delta)
+        table["log_odds"] = log_odds(table["probability"].to_numpy())
+        table.insert(5, "lfc_shrunk", law.mean)
     prior = _prior_effects(fit, pair, worlds, pseudocount, seed)
     chance = (np.abs(prior) > delta).mean(0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        factor = np.exp(table["log_odds"]) / (chance / (1 - chance))
+        factor = np.exp(effects.log_odds(delta)) / (chance / (1 - chance))
     factor = np.where((chance > 0.001) & (chance < 0.999), factor, np.nan)
     table["bayes_factor"] = factor
     table["evidence"] = [next(word for top, word in _EVIDENCE if f <= top) if f > 1 else "" for f in factor]
-    return _finish(table, fit, cells, pair, means, delta, fdr, pseudocount, lfc if member is None else None)
+    return _finish(table, fit, cells, pair, means, delta, fdr, pseudocount, _is_false(effects.draws, law, delta))
+
+
+def _is_false(draws: np.ndarray, law: Any, delta: float) -> np.ndarray:
+    """(S, G) whether |effect| <= delta, draw by draw: genes have their own law, and go together as the draws do."""
+    place = (stats.rankdata(draws, axis=0) - 0.5) / len(draws)
+    return (place > law.cdf(-delta)) & (place <= law.cdf(delta))
 
 
 def _finish(
     table: pd.DataFrame, fit: Fit, cells: Cells, pair: Comparison, means: list[Tensor], delta: float, fdr: float,
-    pseudocount: float, lfc: np.ndarray | None,
+    pseudocount: float, is_false: np.ndarray | None,
 ) -> pd.DataFrame:  # fmt: skip
     if "expected_fdp" not in table:
         table["expected_fdp"] = expected_fdp(table["probability"].to_numpy())
@@ -455,9 +510,8 @@ def _finish(
     table.index = pd.Index(fit.schema.genes, name="gene")
     called = table["is_de"].to_numpy()
     fdp = None
-    if lfc is not None and called.any():
-        false = (np.abs(lfc[:, called]) <= delta).mean(1)
-        fdp = tuple(float(q) for q in np.quantile(false, [0.05, 0.95]))
+    if is_false is not None and called.any():
+        fdp = tuple(float(q) for q in np.quantile(is_false[:, called].mean(1), [0.05, 0.95]))
     table.attrs = {"delta": float(delta), "pseudocount": float(pseudocount), "fdp_interval": fdp}
     return table.sort_values(["probability", "lfc_mean"], ascending=False, key=_by_size)
 
@@ -504,13 +558,13 @@ def _by_donor(
     one, two = (np.log2(m.numpy() + e) for m in means)
     if is_paired:
         difference = one - two
-        effect, variance, df = difference.mean(0), difference.var(0, ddof=1), float(len(both) - 1)
+        effect, variance, known = difference.mean(0), difference.var(0, ddof=1), len(both) - 1.0
         factor = 1 / len(both)
     else:
-        effect, df = one.mean(0) - two.mean(0), len(one) + len(two) - 2.0
-        variance = (one.var(0, ddof=1) * (len(one) - 1) + two.var(0, ddof=1) * (len(two) - 1)) / df
+        effect, known = one.mean(0) - two.mean(0), len(one) + len(two) - 2.0
+        variance = (one.var(0, ddof=1) * (len(one) - 1) + two.var(0, ddof=1) * (len(two) - 1)) / known
         factor = 1 / len(one) + 1 / len(two)
-    variance, df = moderated(variance, df)
+    variance, df = moderated(variance, known)
     se = np.sqrt(variance * factor)
     delta = delta_of(effect) if delta is None else delta
     law = stats.t(df)
@@ -522,40 +576,10 @@ def _by_donor(
     table = pd.DataFrame({
         "lfc_mean": effect, "lfc_sd": se, "lfc_median": effect, "lfc_lower": effect - reach,
         "lfc_upper": effect + reach, "probability": chance,
-        "log_odds": np.log(np.maximum(chance, 1e-300)) - np.log(np.maximum(1 - chance, 1e-300)),
-        "t": effect / se, "p_value": p_value, "df": df,
+        "log_odds": log_odds(chance), "t": effect / se, "p_value": p_value, "df": df,
         "expected_fdp": stats.false_discovery_control(np.clip(p_value, 0.0, 1.0)),
     })  # fmt: skip
     return _finish(table, fit, cells, pair, [m.mean(0, keepdim=True) for m in means], delta, fdr, e, None)
-
-
-def moderated(variance: np.ndarray, df: float) -> tuple[np.ndarray, float]:
-    """Variances of genes (G,) with ``df`` degrees of freedom drawn towards a common one, and their new degrees.
-
-    Empirical Bayes with a scaled inverse chi-square prior, its two numbers by moments of log variances
-    (Smyth 2004, Statistical Applications in Genetics and Molecular Biology 3:3, section 6.2).
-    """
-    positive = np.maximum(variance, 1e-12 * max(float(np.median(variance)), 1e-300))
-    e = np.log(positive) - special.digamma(df / 2) + np.log(df / 2)
-    centre = e.mean()
-    rest = float(e.var(ddof=1) - special.polygamma(1, df / 2)) if len(e) > 1 else 0.0
-    if rest <= 0:  # no more scatter than chance: one variance for all
-        return np.full_like(variance, np.exp(centre)), np.inf
-    half = _inverse_trigamma(rest)
-    prior = np.exp(centre + special.digamma(half) - np.log(half))
-    return (2 * half * prior + df * variance) / (2 * half + df), 2 * half + df
-
-
-def _inverse_trigamma(y: float) -> float:
-    """x with trigamma(x) = y > 0, by Newton steps on 1 / trigamma, which is nearly a line."""
-    x = 0.5 + 1 / y
-    for _ in range(50):
-        slope = special.polygamma(2, x)
-        step = special.polygamma(1, x) * (1 - special.polygamma(1, x) / y) / slope
-        x += float(step)
-        if abs(step) < 1e-10 * x:
-            break
-    return x
 
 
 # ---- counterfactuals --------------------------------------------------------------------------
@@ -573,7 +597,7 @@ def counterfactual(
         all_cells = np.array([True])
         means = [factual.mean(all_cells), other.mean(all_cells)]
         member = fit.member_of(n_draws) if fit.members else None
-        table = describe(log2_ratio(means[1], means[0], pseudocount), delta, interval, member)
+        table = Effects.of(log2_ratio(means[1], means[0], pseudocount), member).table(delta, interval)
         table.insert(0, "factual", scale * means[0].mean(0).numpy())
         table.insert(1, "counterfactual", scale * means[1].mean(0).numpy())
         table.index = pd.Index(names, name="gene")
@@ -602,7 +626,7 @@ def _of_each_cell(
         one, two = factual.cpu().numpy(), other.cpu().numpy()
         lfc = log2_ratio(two, one, pseudocount)
         member = fit.member_of(len(lfc)) if fit.members else None
-        flat = describe(lfc.reshape(len(lfc), -1), delta, interval, member)[columns[2:]].to_numpy()
+        flat = Effects.of(lfc.reshape(len(lfc), -1), member).table(delta, interval)[columns[2:]].to_numpy()
         rows.append(np.concatenate([
             scale * np.stack([one.mean(0), two.mean(0)], -1), flat.reshape(*lfc.shape[1:], -1)
         ], -1))  # fmt: skip

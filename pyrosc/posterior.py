@@ -307,6 +307,7 @@ class Fit:
         n_draws: int = 100,
         interval: float = 0.9,
         resample: bool = True,
+        shrink: bool = True,
         batches: str = "shared",
         donor: str | None = None,
         seed: int = 0,
@@ -334,6 +335,9 @@ class Fit:
         resample : whether each draw weighs cells by Dirichlet(1, ..., 1), for the population they come from
             Where donors are known they are weighed so, and the cells within each. Without it the answer is
             about these very cells.
+        shrink : whether "population" judges a gene by what all genes do: variances of an ensemble are moderated, and
+            "probability" is that of an effect from the law that the genes follow (a mixture of normals around 0).
+            Without it each effect has a flat prior of its own, and calls have more false ones than they say.
         batches : "shared" decodes both groups under each batch that both have, and averages
             "own" decodes each cell under its own.
         donor : column of ``obs`` that names donors; None takes the cells' ``sample=``
@@ -343,14 +347,15 @@ class Fit:
         Returns
         -------
         DataFrame
-            One row a gene, in order of probability: "lfc_mean", "lfc_sd", "lfc_median", "lfc_lower", "lfc_upper";
-            "probability" of |lfc| > delta and its "log_odds"; "bayes_factor" against two states from the prior (NaN
-            where that has too few or too many effects) with a word of "evidence" (Kass and Raftery 1995);
+            One row a gene, in order of probability: "lfc_mean", "lfc_sd", "lfc_median", "lfc_lower", "lfc_upper", each
+            gene for itself; "lfc_shrunk", the mean under the law that the genes follow; "probability" of |lfc| > delta
+            and its "log_odds", under that law too; "bayes_factor" of the gene's own draws against two states from the
+            prior (NaN where that has too few or too many effects), a word of "evidence" (Kass and Raftery 1995);
             "expected_fdp" if this gene and those above are called, "is_de"; "share1", "share2" decoded, "raw_mean1",
             "detected1", ... as counted; "group1", "group2". For "donor": "t", "df" and the "p_value" of |lfc| <= delta
             instead of the Bayes factor, and "expected_fdp" is that adjusted by Benjamini and Hochberg. ``.attrs``:
-            estimand, delta, pseudocount, batches, what the uncertainty rests on, and, for a single fit, the 90 %
-            interval of the false discovery proportion of the call. All groups of ``groupby`` are stacked.
+            estimand, delta, pseudocount, batches, what the uncertainty rests on, and the 90 % interval of the false
+            discovery proportion of the call (genes go together as the draws do). All groups of ``groupby`` are stacked.
 
         Raises
         ------
@@ -368,7 +373,8 @@ class Fit:
 
         References
         ----------
-        Boyeau et al. 2023, PNAS 120:e2209124120; Smyth 2004, Stat. Appl. Genet. Mol. Biol. 3:3.
+        Boyeau et al. 2023, PNAS 120:e2209124120; Smyth 2004, Stat. Appl. Genet. Mol. Biol. 3:3; Stephens 2017,
+        Biostatistics 18:275.
         """
         from .effects import ESTIMANDS, comparisons, differential_expression
 
@@ -383,7 +389,7 @@ class Fit:
         self._require_rho_of_cells(cells)
         return differential_expression(
             self, cells, pairs, estimand=estimand, delta=delta, pseudocount=pseudocount, fdr=fdr, n_draws=n_draws,
-            interval=interval, resample=resample, batches=batches, donor=donor, seed=seed,
+            interval=interval, resample=resample, shrink=shrink, batches=batches, donor=donor, seed=seed,
         )  # fmt: skip
 
     def draws(
@@ -635,13 +641,15 @@ class Fit:
         (less what the draws add to it); the interval is Student's with (M - 1) (1 + W / ((1 + 1/M) B))^2 degrees of
         freedom (Rubin 1987, Multiple Imputation, section 3.3). ``least`` is a bound that intervals respect.
         """
+        from scipy import stats
+
         from .effects import t_law
 
         if not self.members:
             ends = np.quantile(draws, [(1 - interval) / 2, (1 + interval) / 2], axis=0)
             return draws.std(0, ddof=min(1, len(draws) - 1)), ends[0], ends[1]
-        mean, sd, law = t_law(draws, self.member_of(len(draws)) if member is None else member)
-        reach = law.ppf(0.5 + interval / 2) * sd
+        mean, sd, df = t_law(draws, self.member_of(len(draws)) if member is None else member)
+        reach = stats.t.ppf(0.5 + interval / 2, df) * sd
         return sd, np.maximum(mean - reach, least), mean + reach
 
     def _uncertainty(self, cells: bool = False) -> str:

@@ -224,6 +224,26 @@ def test_the_effect_of_groups_is_that_of_their_draws(fit, cells):
     )["lfc_mean"])  # fmt: skip
 
 
+def test_probabilities_are_those_of_effects_from_the_law_of_all_genes(ensemble, cells):
+    options = dict(n_draws=60, delta=0.005, batches="own")  # effects are small after so few epochs
+    table = ensemble.differential_expression(cells, "cell_type", "type0", "type1", **options)
+    plain = ensemble.differential_expression(cells, "cell_type", "type0", "type1", shrink=False, **options)
+
+    assert "lfc_shrunk" not in plain
+    same = plain.loc[table.index]
+    np.testing.assert_allclose(table["lfc_mean"], same["lfc_mean"])
+    # Shrinking is towards 0, and does not turn a sign.
+    assert (table["lfc_shrunk"] * table["lfc_mean"] >= 0).all()
+    assert (table["lfc_shrunk"].abs() <= table["lfc_mean"].abs() + 1e-9).all()
+    sure = (table["probability"] < 1e-9) | (table["probability"] > 1 - 1e-9)
+    chance = table["probability"][~sure]
+    np.testing.assert_allclose(table["log_odds"][~sure], np.log(chance) - np.log1p(-chance), atol=1e-3)
+    assert len(chance) > 20
+    assert np.log(table["lfc_sd"]).std() < np.log(same["lfc_sd"]).std()  # variances are moderated
+    low, high = table.attrs["fdp_interval"]
+    assert 0 <= low <= high <= 1
+
+
 def test_shared_batches_take_their_share_of_the_draws(fit, cells):
     some = cells[:60]
     kind = some.obs["cell_type"].to_numpy()
@@ -375,18 +395,6 @@ def test_a_pseudocount_is_what_unseen_genes_get():
 # ---- donors ------------------------------------------------------------------------------------
 
 
-def test_moderated_variances_find_their_prior():
-    draw = np.random.default_rng(0)
-    true = 4.0 * 0.3 / draw.chisquare(4.0, 20_000)  # scaled inverse chi-square, 4 degrees, scale 0.3
-    seen = true * draw.chisquare(5, 20_000) / 5
-
-    variance, df = effects.moderated(seen, 5)
-
-    assert df == pytest.approx(9.0, rel=0.1)  # 5 + 4
-    np.testing.assert_allclose(variance[:5], (4 * 0.3 + 5 * seen[:5]) / 9, rtol=0.1)
-    assert effects.moderated(0.3 * draw.chisquare(5, 1000) / 5, 5)[1] > 50  # one variance for all
-
-
 def donor_table(draw, shift, n_donors, is_paired, by_donor=0.4, n_genes=150):
     """A table by donor from made-up donor means."""
     donors = np.arange(2 * n_donors) % n_donors if is_paired else np.arange(2 * n_donors)
@@ -517,16 +525,16 @@ def test_a_quantity_of_an_ensemble_has_rubins_law():
     member = np.repeat(np.arange(5), 200)
     draws = draw.normal(0, 1, (1000, 400)) + draw.normal(0, 2, (5, 400))[member]
 
-    mean, sd, law = effects.t_law(draws, member)
+    mean, sd, df = effects.t_law(draws, member)
 
     means = np.stack([draws[member == m].mean(0) for m in range(5)])
     within = np.mean([draws[member == m].var(0, ddof=1) for m in range(5)], axis=0)
     between = 1.2 * (means.var(0, ddof=1) - within / 200)
     np.testing.assert_allclose(sd, np.sqrt(within + between))
-    np.testing.assert_allclose(law.kwds.get("df", law.args[0] if law.args else None), 4 * (1 + within / between) ** 2)
+    np.testing.assert_allclose(df, 4 * (1 + within / between) ** 2)
     np.testing.assert_allclose(mean, means.mean(0))
     # It covers the centre that members scatter around, where their own draws do not.
-    covers = np.abs(mean) < law.ppf(0.95) * np.sqrt(between / 5 + within / 1000)
+    covers = np.abs(mean) < stats.t.ppf(0.95, df) * np.sqrt(between / 5 + within / 1000)
     assert covers.mean() > 0.85
     assert (np.abs(mean) < 1.64 * np.sqrt(within / 1000)).mean() < 0.3
 
