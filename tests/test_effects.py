@@ -225,7 +225,7 @@ def test_the_effect_of_groups_is_that_of_their_draws(fit, cells):
 
 
 def test_probabilities_are_those_of_effects_from_the_law_of_all_genes(ensemble, cells):
-    options = dict(n_draws=60, delta=0.005, batches="own")  # effects are small after so few epochs
+    options = dict(n_draws=60, delta=0.005, fdr=0.95, batches="own")  # effects are small after so few epochs
     table = ensemble.differential_expression(cells, "cell_type", "type0", "type1", **options)
     plain = ensemble.differential_expression(cells, "cell_type", "type0", "type1", shrink=False, **options)
 
