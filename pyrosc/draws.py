@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,12 @@ from torch import Tensor
 from .cells import Cells
 from .counts import require_memory
 from .elbo import Enumerated, draws_plate, follow, in_cells, of_cells, weighed
+from .errors import ProgramError
 from .guides import is_computed
 from .isolation import checked_seed
 from .loading import blocks
 from .program import Program
+from .psis import k_threshold, smoothed
 
 
 def sites_of(trace: poutine.Trace) -> list[str]:
@@ -163,6 +166,7 @@ def by_draws(
     n_draws: int,
     seed: int,
     ask: Callable[[Cells, poutine.Trace, int | None], Tensor],
+    importance: Importance | None = None,
 ) -> Iterator[list[Tensor]]:
     """(S, n, ...) answers to runs of the model along posterior draws, block by block of cells.
 
@@ -175,12 +179,18 @@ def by_draws(
         Every world gets the same draws.
     ask : (cells decoded, trace of the model, S or None) -> (S, n, ...) or, for None, (1, n, ...)
         With S the trace holds S draws in front of the plates; with None it is the run of one draw.
+    importance : how draws are taken from more of them by importance weights, and what came of it; None takes them as
+        they are
 
     Yields
     ------
     list of Tensor
         One for each group.
     """
+    if importance is not None and program.has_globals:
+        raise ProgramError(
+            f"{program.story} has global sites, whose draws cannot be weighed cell by cell: leave out importance="
+        )
     each = in_front(program, read, n_draws)
     shared: list[poutine.Trace | None] = [None] * len(each)
     sizes = [len(group) for group in worlds]
@@ -188,7 +198,10 @@ def by_draws(
     def answer(block: Cells, *decoded: Cells) -> list[Tensor]:
         guides = []
         for i, n in enumerate(each):
-            guide = draw_guide(program, block, n, shared[i])
+            if importance is not None:
+                guide = resampled(program, block, n_draws, importance)
+            else:
+                guide = draw_guide(program, block, n, shared[i])
             shared[i] = shared[i] if shared[i] is not None else sites_of_all(guide)
             guides.append(with_discrete(program, guide, block, n))
         others, found = iter(decoded), []
@@ -201,8 +214,42 @@ def by_draws(
             found.append(total / size if size > 1 else total)
         return found
 
-    per_cell = n_draws * (1 + len(worlds)) * program.n_combinations
+    per_cell = n_draws * (1 + len(worlds))
+    per_cell = max(per_cell, 2 * importance.proposals if importance is not None else 0) * program.n_combinations
     return by_block(program, [read, *(w for group in worlds for w in group)], per_cell, seed, answer)
+
+
+@dataclass
+class Importance:
+    """Draws taken by importance weights: of how many proposals a cell, and how many cells could not be weighed."""
+
+    proposals: int
+    n_cells: int = 0
+    n_unweighted: int = 0
+
+
+def resampled(program: Program, block: Cells, n_draws: int, importance: Importance) -> poutine.Trace:
+    """A run of the guide whose S draws of each cell are taken, by smoothed weights, from more of them.
+
+    Cells whose weights cannot be relied on keep the guide's own draws.
+    """
+    proposals = importance.proposals
+    guide = draw_guide(program, block, proposals)
+    weights, k = smoothed(log_weight(program, guide, block, proposals).cpu())
+    importance.n_cells += len(block)
+    importance.n_unweighted += int((k > k_threshold(proposals)).sum())
+    taken = torch.multinomial(weights.exp().T, n_draws, replacement=True).T  # (S, n)
+    plain = torch.arange(n_draws).unsqueeze(-1).expand_as(taken)
+    taken = torch.where(k <= k_threshold(proposals), taken, plain).to(block.device)
+    every = torch.arange(len(block), device=block.device)
+    chosen = poutine.Trace()  # without the plate of the proposals, which the model has no use for
+    for name in sites_of(guide):
+        node: Any = dict(guide.nodes[name])
+        if in_cells(node):
+            place = node["value"].dim() - node["fn"].event_dim - 1
+            node["value"] = node["value"].movedim(place, 1)[taken, every].movedim(1, place)
+        chosen.add_node(name, **node)
+    return chosen
 
 
 def by_block(

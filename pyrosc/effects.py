@@ -33,7 +33,9 @@ from torch import Tensor
 
 from .cells import Cells
 from .counts import require_memory
+from .draws import Importance
 from .loading import blocks
+from .psis import k_threshold
 from .schema import did_you_mean, listed
 from .shrinkage import Shrunk, moderated, shrunk
 
@@ -76,7 +78,7 @@ class Sums:
 
 def sum_over_cells(
     fit: Fit, read: Cells, worlds: list[list[Cells]], unit: np.ndarray, weights: Tensor | None, n_draws: int, seed: int,
-    at: np.ndarray | None, changed: bool,
+    at: np.ndarray | None, changed: bool, importance: Importance | None = None,
 ) -> list[Sums]:  # fmt: skip
     """Sums of ``rho`` over cells by unit (N,), for each group of worlds; cells pass block by block.
 
@@ -86,7 +88,7 @@ def sum_over_cells(
     code = torch.as_tensor(unit)
     found: list[Sums] = []
     start = 0
-    for groups in fit._draws_of("rho", read, worlds, n_draws, seed, at, changed):
+    for groups in fit._draws_of("rho", read, worlds, n_draws, seed, at, changed, importance):
         n = groups[0].shape[1]
         here = slice(start, start + n)
         local, place = code[here].unique(return_inverse=True)  # a block of cells meets few of many units
@@ -313,7 +315,8 @@ def _mask(cells: Cells, group: Any, name: str) -> np.ndarray:
 
 def differential_expression(
     fit: Fit, cells: Cells, pairs: list[Comparison], *, estimand: str, delta: float | None, pseudocount: float | None,
-    fdr: float, n_draws: int, interval: float, resample: bool, shrink: bool, batches: str, donor: str | None, seed: int,
+    fdr: float, n_draws: int, interval: float, resample: bool, shrink: bool, batches: str, donor: str | None,
+    importance: int, seed: int,
 ) -> pd.DataFrame:  # fmt: skip
     """See `Fit.differential_expression`."""
     asked = np.any([mask for pair in pairs for mask in pair.masks], axis=0)
@@ -325,11 +328,12 @@ def differential_expression(
         raise ValueError(
             'estimand="donor" needs to know donors: name a column, donor=..., or read cells with sample=...'
         )
+    weighed = _weighed(fit, cells, importance, seed) if importance else None
     worlds, levels = _shared_worlds(fit, cells, pairs, batches if estimand != "donor" else "own")
     tables = []
     if estimand == "cell":
         for i, pair in enumerate(pairs):
-            lfcs, means, e = _cell_pairs(fit, cells, pair, worlds, pseudocount, seed + i)
+            lfcs, means, e = _cell_pairs(fit, cells, pair, worlds, pseudocount, seed + i, weighed)
             found = Effects.of(lfcs, None)
             tables.append(_table(fit, cells, pair, found, means, delta, fdr, interval, e, worlds, False, seed + i))
     else:
@@ -347,7 +351,7 @@ def differential_expression(
             of_donor = torch.empty(n_draws, int(donors.max()) + 1).exponential_(generator=draw).double()
         for k, (world, n) in enumerate(zip(worlds, per_world)):
             weights = torch.empty(n, len(cells)).exponential_(generator=draw) if exponential else None
-            (sums,) = sum_over_cells(fit, cells, [[world]], unit, weights, n, seed + k, None, len(worlds) > 1)
+            (sums,) = sum_over_cells(fit, cells, [[world]], unit, weights, n, seed + k, None, len(worlds) > 1, weighed)
             parts.append(sums)
         sums = Sums(torch.cat([p.shares for p in parts]), torch.cat([p.weights for p in parts]))
         for k, pair in enumerate(pairs):
@@ -367,11 +371,36 @@ def differential_expression(
     table.attrs = dict(tables[0].attrs) | {
         "estimand": estimand, "fdr": fdr, "batches": levels,
         "uncertainty": "donors" if estimand == "donor" else by_draws,
-    }  # fmt: skip
+        "n_cells": len(cells),
+    } | _counted(cells, importance, weighed)  # fmt: skip
     if len(tables) > 1:
         for name in ("delta", "pseudocount", "fdp_interval"):
             table.attrs[name] = {t["group1"].iloc[0]: t.attrs[name] for t in tables}
     return table
+
+
+def _weighed(fit: Fit, cells: Cells, proposals: int, seed: int) -> Importance | None:
+    """Importance weights, if at least four fifths of 200 of these cells have some that can be relied on."""
+    some = np.sort(np.random.default_rng([seed, 2]).choice(len(cells), size=min(200, len(cells)), replace=False))
+    tried = Importance(proposals)
+    for _ in fit._draws_of("rho", cells[some], [[cells[some]]], max(len(fit.members), 1), seed, None, False, tried):
+        pass
+    if tried.n_unweighted <= 0.2 * tried.n_cells:
+        return Importance(proposals)
+    fit._warn(
+        f"importance weights cannot be relied on in {tried.n_unweighted:,} of {tried.n_cells:,} cells that were tried "
+        f"(k-hat above {k_threshold(proposals):.2f}): all cells keep the guide's own draws"
+    )
+    return None
+
+
+def _counted(cells: Cells, proposals: int, weighed: Importance | None) -> dict[str, Any]:
+    """How many of the draws' cells were not weighed."""
+    if not proposals:
+        return {}
+    if weighed is None:
+        return {"n_unweighted": len(cells)}
+    return {"n_unweighted": round(len(cells) * weighed.n_unweighted / weighed.n_cells)}
 
 
 def _donors(cells: Cells, column: str | None) -> np.ndarray | None:
@@ -444,7 +473,13 @@ def _counts_of(cells: Cells, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
 
 
 def _cell_pairs(
-    fit: Fit, cells: Cells, pair: Comparison, worlds: list[Cells], pseudocount: float | None, seed: int
+    fit: Fit,
+    cells: Cells,
+    pair: Comparison,
+    worlds: list[Cells],
+    pseudocount: float | None,
+    seed: int,
+    weighed: Importance | None,
 ) -> tuple[np.ndarray, list[Tensor], float]:
     """(P, G) effects of random pairs of cells, one of each group; means (1, G); the pseudocount."""
     draw = np.random.default_rng(seed)
@@ -456,7 +491,7 @@ def _cell_pairs(
             some = np.sort(draw.choice(inside, size=min(len(inside), n // least), replace=False))
             n_draws = max(-(-n // len(some)), least)
             shares = fit._draws_of(
-                "rho", cells[some], [[world[some]]], n_draws, seed + 1000 * k + j, None, len(worlds) > 1
+                "rho", cells[some], [[world[some]]], n_draws, seed + 1000 * k + j, None, len(worlds) > 1, weighed
             )
             drawn = torch.cat([s.transpose(0, 1).reshape(-1, s.shape[-1]).cpu() for (s,) in shares])
             rows.append(drawn[torch.from_numpy(draw.permutation(len(drawn))[:n])])

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .cells import Cells
 from .counts import require_memory
-from .draws import by_block, by_draws, draw_guide, in_front, log_weight, sites_of
+from .draws import Importance, by_block, by_draws, draw_guide, in_front, log_weight, sites_of
 from .elbo import elbo_terms, in_cells
 from .errors import ProgramError, PyroscWarning
 from .guides import is_computed
@@ -310,6 +310,7 @@ class Fit:
         shrink: bool = True,
         batches: str = "shared",
         donor: str | None = None,
+        importance: int = 0,
         seed: int = 0,
     ) -> pd.DataFrame:
         """Which genes differ between groups of cells, by how much, and how sure that is.
@@ -342,6 +343,11 @@ class Fit:
             "own" decodes each cell under its own.
         donor : column of ``obs`` that names donors; None takes the cells' ``sample=``
             A donor with a sample under each of two conditions is paired by this.
+        importance : draws of the guide for each cell, out of which the S are taken by Pareto smoothed importance
+            weights towards the true posterior; 0 for none, 5000 is a good number. Cells whose weights cannot be relied
+            on (k-hat above min(1 - 1 / log10, 0.7)) keep the guide's draws and are counted in
+            ``.attrs["n_unweighted"]``; where they are more than a fifth of 200 cells, all keep them, with a warning.
+            Takes about ``importance`` / 100 times as long.
         seed : draws are random through it
 
         Returns
@@ -384,12 +390,15 @@ class Fit:
         if batches not in ("shared", "own"):
             raise ValueError(f'batches must be "shared" or "own", not {batches!r}')
         _check_numbers(delta=delta, pseudocount=pseudocount, fdr=fdr, interval=interval)
-        n_draws = _whole("n_draws", n_draws, 2)
+        n_draws, importance = _whole("n_draws", n_draws, 2), _whole("importance", importance, 0)
+        if 0 < importance < max(100, n_draws):
+            raise ValueError(f"importance must be 0 or at least {max(100, n_draws)} draws, not {importance}")
         pairs = comparisons(cells, groupby, group1, group2)
         self._require_rho_of_cells(cells)
         return differential_expression(
             self, cells, pairs, estimand=estimand, delta=delta, pseudocount=pseudocount, fdr=fdr, n_draws=n_draws,
-            interval=interval, resample=resample, shrink=shrink, batches=batches, donor=donor, seed=seed,
+            interval=interval, resample=resample, shrink=shrink, batches=batches, donor=donor, importance=importance,
+            seed=seed,
         )  # fmt: skip
 
     def draws(
@@ -711,6 +720,7 @@ class Fit:
         seed: int,
         at: np.ndarray | None,
         changed: bool,
+        importance: Importance | None = None,
     ) -> Iterator[list[Tensor]]:
         """(S, n, genes) draws of a site, averaged over the worlds of each group, block by block of cells."""
         chosen = None if at is None else torch.as_tensor(at, device=self.device)
@@ -720,11 +730,12 @@ class Fit:
             return values if chosen is None else values.index_select(-1, chosen)
 
         if not self.members:
-            return by_draws(self.program, read, worlds, n_draws, seed, ask)
+            return by_draws(self.program, read, worlds, n_draws, seed, ask, importance)
         shares = np.bincount(self.member_of(n_draws))
+        seeds = [int(np.random.SeedSequence([seed, m]).generate_state(1)[0]) for m in range(len(self.members))]
         runs = [
-            by_draws(member, read, worlds, int(n), int(np.random.SeedSequence([seed, m]).generate_state(1)[0]), ask)
-            for m, (member, n) in enumerate(zip(self.members, shares))
+            by_draws(member, read, worlds, int(n), own, ask, importance)
+            for member, n, own in zip(self.members, shares, seeds)
         ]
         return self._joined(runs)
 

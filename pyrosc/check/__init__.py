@@ -1,7 +1,8 @@
 """Checks: whether to believe a Fit, and which one."""
 
+from ..psis import pareto_k
 from .compare import compare, paired, thinned_log_likelihood
-from .importance import importance, pareto_k
+from .importance import importance
 from .predictive import posterior_predictive, prior_predictive
 
 __all__ = [
