@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anndata
 import numpy as np
@@ -29,6 +29,9 @@ from .guides import is_computed
 from .program import Program
 from .schema import Schema, did_you_mean, listed
 
+if TYPE_CHECKING:
+    from .overlap import Landmarks
+
 _MEAN_DRAWS = 200  # where a guide has no closed mean
 
 
@@ -46,12 +49,17 @@ class Fit:
     members : tuple of Program
         Refits on resampled donors or cells (``fit(ensemble=...)``); none for a single fit. What is said of
         expression is averaged over them, and intervals hold their differences; the latent space is the program's.
+    landmarks : Landmarks or None
+        States of up to 2,000 of the training cells and the columns they had: by them counterfactuals tell where the
+        decoder extrapolates.
     """
 
     def __init__(
-        self, program: Program, history: pd.DataFrame, settings: dict[str, Any], members: Sequence[Program] = ()
-    ) -> None:
+        self, program: Program, history: pd.DataFrame, settings: dict[str, Any], members: Sequence[Program] = (),
+        landmarks: Landmarks | None = None,
+    ) -> None:  # fmt: skip
         self.program, self.history, self.settings = program.eval(), history, settings
+        self.landmarks = landmarks
         self.members = tuple(member.eval() for member in members)
         self._said = False  # one warning a call
 
@@ -81,7 +89,7 @@ class Fit:
     def to(self, device: torch.device | str) -> Fit:
         """The same fit on another device; this one stays where it is."""
         members = [member.copy().to(device) for member in self.members]
-        return Fit(self.program.copy().to(device), self.history, self.settings, members)
+        return Fit(self.program.copy().to(device), self.history, self.settings, members, self.landmarks)
 
     # ---- questions ----------------------------------------------------------------------------
 
@@ -105,6 +113,10 @@ class Fit:
     def latent_sd(self, cells: Cells | anndata.AnnData, *, seed: int = 0) -> np.ndarray:
         """(N, K) posterior standard deviations of ``z``: how sure the guide is."""
         return torch.cat(self._of_z(self._ready(cells), seed, _sd)).numpy()
+
+    def _centres(self, cells: Cells) -> Tensor:
+        """(N, K) posterior means of z of cells in the order of this fit."""
+        return torch.cat(self._of_z(cells.to(self.device, self.program.dtype), 0, _mean))
 
     def _of_z(self, cells: Cells, seed: int, answer: Callable[[Any], Tensor]) -> list[Tensor]:
         """``answer`` to the guide's law of z, block by block."""
@@ -189,6 +201,7 @@ class Fit:
         genes: str | Sequence[str] | None = None,
         do: Mapping[str, Any] | None = None,
         *,
+        noise: str = "new",
         seed: int = 0,
     ) -> np.ndarray:
         """New counts of the same cells: draws of the posterior predictive distribution.
@@ -201,6 +214,9 @@ class Fit:
         n_draws : S
         genes : names; None for all
         do : columns to set for decoding, as in `expression`; "all" draws each count from one level at random
+        noise : "new" draws counts from their law in the world that is set: the interventional distribution
+            "same" gives each count the noise that it was seen with, its place among the counts of its own world: the
+            comonotone counterfactual. What nothing sets stays as it was seen.
         seed : draws are random through it
 
         Returns
@@ -220,6 +236,12 @@ class Fit:
         require_memory(
             8 * n_draws * len(cells) * len(names), "these counts", "Ask for fewer draws, genes or cells at a time."
         )
+        if noise not in ("new", "same"):
+            raise ValueError(f'noise must be "new" or "same", not {noise!r}')
+        if noise == "same":
+            from .prediction import same_noise
+
+            return same_noise(self, cells, worlds, n_draws, at, names, seed)
         groups = [[world.without_counts()] for world in worlds]
         draw, found = np.random.default_rng(seed), []
         for blocks in self._draws_of("x", cells, groups, n_draws, seed, at, False):
@@ -227,6 +249,88 @@ class Fit:
             which = torch.from_numpy(draw.integers(len(blocks), size=(1, *drawn.shape[1:3], 1)))
             found.append(drawn.gather(0, which.expand(1, *drawn.shape[1:]))[0])
         return torch.cat(found, 1).numpy()
+
+    def generate(
+        self,
+        n_cells: int | None = None,
+        like: Cells | anndata.AnnData | None = None,
+        do: Mapping[str, Any] | None = None,
+        *,
+        seed: int = 0,
+    ) -> anndata.AnnData:
+        """Cells that the story makes up.
+
+        Parameters
+        ----------
+        n_cells : how many; None for one like each of ``like``
+        like : cells whose states, columns and totals are taken, drawn with replacement: the aggregate posterior
+            None draws states from the prior, and columns and totals as often as they were seen.
+        do : columns to set, as in `expression`, one level each
+        seed : cells are random through it
+
+        Returns
+        -------
+        AnnData
+            Counts (N, G) as CSR; ``obs`` has the columns, the "library" the counts were drawn at, and for ``like`` the
+            name of the cell behind each; ``obsm["z"]`` their states; ``uns["pyrosc"]`` where they came from.
+
+        Raises
+        ------
+        ValueError
+            If neither or no positive number is given, a level is unknown, or the cells would not fit into memory.
+        """
+        from .prediction import generated
+
+        if n_cells is not None:
+            n_cells = _whole("n_cells", n_cells, 1)
+        elif like is None:
+            raise ValueError("generate needs a number of cells, generate(1000), or cells to be like, like=cells")
+        return generated(self, n_cells, None if like is None else self._ready(like), do, seed)
+
+    def noise(
+        self, cells: Cells | anndata.AnnData, *, n_draws: int = 10, interval: float = 0.9, seed: int = 0
+    ) -> pd.DataFrame:
+        """How counts scatter about their means, gene by gene.
+
+        Returns
+        -------
+        DataFrame
+            One row a gene: "dispersion", the inverse dispersion d of variance mean + mean^2 / d, and with extra zeros
+            "gate", their probability; each the mean over cells and draws, with "_lower" and "_upper" of an
+            equal-tailed interval over draws of the mean over cells (as wide as 0 where one fit knows it for certain).
+
+        Raises
+        ------
+        ProgramError
+            If counts have no dispersion (Poisson).
+        """
+        from .prediction import noise
+
+        _check_numbers(interval=interval)
+        return noise(self, self._ready(cells), _whole("n_draws", n_draws, 1), interval, seed)
+
+    def technical_zeros(
+        self,
+        cells: Cells | anndata.AnnData,
+        genes: str | Sequence[str] | None = None,
+        *,
+        n_draws: int = 25,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """(N, genes) probability that a zero is an extra one, of a story with extra zeros (ZINB).
+
+        sigmoid(a - log NB(0)) for gate logits a, averaged over draws of the state; 0 where there is a count.
+
+        Raises
+        ------
+        ProgramError
+            If the law of the counts has no extra zeros.
+        """
+        from .prediction import technical_zeros
+
+        cells = self._ready(cells)
+        at, names = self._genes(genes)
+        return technical_zeros(self, cells, at, names, _whole("n_draws", n_draws, 1), seed)
 
     def counterfactual(
         self,
@@ -265,8 +369,16 @@ class Fit:
         DataFrame
             One row a gene: "factual" and "counterfactual" mean share over the cells; "lfc_mean", "lfc_sd",
             "lfc_median", "lfc_lower", "lfc_upper" of log2(counterfactual / factual); "probability" of |lfc| > delta
-            and its "log_odds". With ``by_cell`` (N, genes x columns). ``.attrs`` keeps what was asked, and what the
-            interval rests on.
+            and its "log_odds". With ``by_cell`` (N, genes x columns). ``.attrs`` keeps what was asked, what the
+            interval rests on, and "overlap": for each column set, the median density ratio of the cells' states under
+            the level set and in all, the share of cells "without" (below 0.2), and the "auc" with which states of the
+            training cells tell the level.
+
+        Warns
+        -----
+        PyroscWarning
+            Where over a tenth of the cells have no overlap, a number lies outside of what was seen, or states still
+            tell the level (AUC above 0.75): then the decoder extrapolates, or the effect is in part in the state.
 
         Raises
         ------
@@ -280,6 +392,7 @@ class Fit:
         Pearl 2009, Causality, section 7.1 (abduction, action, prediction).
         """
         from .effects import counterfactual
+        from .overlap import assess
 
         cells = self._ready(cells)
         if not do:
@@ -288,10 +401,16 @@ class Fit:
         n_draws = _whole("n_draws", n_draws, 2)
         at, names = self._genes(genes)
         self._require_rho_of_cells(cells)
-        return counterfactual(
+        self._worlds(cells[:1], do)  # unknown columns and levels are refused before anything is computed
+        overlap, notes = assess(self, cells, do)
+        if notes:
+            self._warn("; ".join(notes), depth=3)
+        table = counterfactual(
             self, cells, do, n_draws=n_draws, at=at, names=names, scale=scale, delta=delta, pseudocount=pseudocount,
             interval=interval, by_cell=by_cell, seed=seed,
         )  # fmt: skip
+        table.attrs["overlap"] = overlap
+        return table
 
     def differential_expression(
         self,
@@ -678,8 +797,8 @@ class Fit:
                 f'"rho" is one for all cells in {self.program.story}, so that no groups or worlds differ'
             )
 
-    def _warn(self, text: str) -> None:
-        warnings.warn(text, PyroscWarning, stacklevel=4)
+    def _warn(self, text: str, depth: int = 4) -> None:
+        warnings.warn(text, PyroscWarning, stacklevel=depth)
 
     def _genes(self, genes: str | Sequence[str] | None) -> tuple[np.ndarray | None, list[str]]:
         if genes is None:
@@ -729,8 +848,21 @@ class Fit:
             values = self._value(site, trace, n, len(block), changed)
             return values if chosen is None else values.index_select(-1, chosen)
 
-        if not self.members:
-            return by_draws(self.program, read, worlds, n_draws, seed, ask, importance)
+        return self._runs(read, worlds, n_draws, seed, ask, importance=importance)
+
+    def _runs(
+        self,
+        read: Cells,
+        worlds: list[list[Cells]],
+        n_draws: int,
+        seed: int,
+        ask: Callable[[Cells, poutine.Trace, int | None], Tensor],
+        program: Program | None = None,
+        importance: Importance | None = None,
+    ) -> Iterator[list[Tensor]]:
+        """Answers of `by_draws` from all members of an ensemble, their draws one after the other; or of one program."""
+        if program is not None or not self.members:
+            return by_draws(program or self.program, read, worlds, n_draws, seed, ask, importance)
         shares = np.bincount(self.member_of(n_draws))
         seeds = [int(np.random.SeedSequence([seed, m]).generate_state(1)[0]) for m in range(len(self.members))]
         runs = [

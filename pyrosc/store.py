@@ -42,6 +42,7 @@ from .libraries import GivenLibrary, LatentLibrary, ObservedLibrary
 from .likelihoods import NBLikelihood, PoissonLikelihood, ZINBLikelihood
 from .models import scvi
 from .networks import Decoder, Encoder, LinearDecoder
+from .overlap import Landmarks
 from .parts import Part
 from .posterior import Fit
 from .priors import DISTRIBUTIONS, FlowPrior, MixturePrior, Prior, VampPrior
@@ -49,6 +50,7 @@ from .program import Program
 from .schema import Schema, listed
 
 _MEMBER = "members."  # before the names of an ensemble's tensors
+_MARKS = "landmarks."
 FORMAT = 1
 _ENTRY = "pyrosc"
 
@@ -85,6 +87,9 @@ def save(fit: Fit, path: Any, *, overwrite: bool = False) -> None:
         for prefix, program in programs.items()
         for name, value in program.state_dict().items()
     }
+    if fit.landmarks is not None:
+        tensors[f"{_MARKS}loc"] = fit.landmarks.loc.cpu().contiguous().clone()
+        tensors |= {f"{_MARKS}columns.{name}": value.clone() for name, value in fit.landmarks.columns.items()}
     text = json.dumps(_described(fit) | {"checksum": _checksum(tensors)}, allow_nan=False)
     _replace(path, to_bytes(tensors, metadata={_ENTRY: text}))
 
@@ -240,7 +245,7 @@ def load(
     if strange:
         raise ValueError(f"{path.name} has no part {listed(sorted(strange))}; its parts: {listed(parts, 20)}")
     program = Program(functions[0], Cells.empty(schema), functions[1], seed=held["seed"], **parts)
-    _fill(program, {k: v for k, v in tensors.items() if not k.startswith(_MEMBER)}, held["frozen"], path)
+    _fill(program, {k: v for k, v in tensors.items() if not k.startswith((_MEMBER, _MARKS))}, held["frozen"], path)
     sites = _sites(program)
     if sites != held["sites"]:
         raise ValueError(f"the story's sites are {sites}, but {path.name} was saved with {held['sites']}")
@@ -253,7 +258,12 @@ def load(
         member = program.copy()
         _fill(member, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, [], path)
         members.append(member.to(device))
-    return Fit(program.to(device), history, held["settings"], members)
+    landmarks = None
+    if f"{_MARKS}loc" in tensors:
+        start = f"{_MARKS}columns."
+        columns = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+        landmarks = Landmarks(tensors[f"{_MARKS}loc"], columns)
+    return Fit(program.to(device), history, held["settings"], members, landmarks)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

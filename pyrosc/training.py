@@ -38,6 +38,7 @@ from .isolation import checked_seed
 from .loading import blocks, minibatches, n_batches_of
 from .objective import KLWeight, MeanFieldELBO
 from .optim import FusedClippedAdam
+from .overlap import Landmarks
 from .posterior import Fit
 from .program import Program
 from .schema import did_you_mean, listed
@@ -202,6 +203,7 @@ def fit(
             failure.fit = run.result("failed")
             raise failure from error
     result = run.result(run.state)
+    result.landmarks = Landmarks.of(result, cells, seed)
     _remarks(result, run)
     if ensemble and run.state != "interrupted":
         _refit(result, cells, ensemble, validation, objective, device, progress)

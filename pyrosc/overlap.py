@@ -1,0 +1,135 @@
+"""Overlap: were cells like these seen under the columns that a counterfactual sets?
+
+A Fit keeps the states of some cells that it was fitted to, with their columns. Among the k nearest of them to a state,
+
+    overlap(z, level) = share of the k that have the level / share of all that have it
+
+estimates the ratio of the densities of states under the level and of all states. Near 0 the decoder extrapolates. And
+if neighbours tell the column of a cell (an area under the curve well above 0.5), a part of what the column does is in
+the state, where setting the column leaves it. (Positivity and the balancing of representations: Hernán and Robins,
+Causal Inference: What If, section 3.3; Johansson et al. 2022, JMLR 23:227.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+from .cells import Cells
+from .errors import ProgramError
+from .posterior import Fit
+
+_KEPT = 2000  # cells
+LITTLE = 0.2  # overlap below which a cell counts as without
+_AUC = 0.75
+
+
+@dataclass
+class Landmarks:
+    """States of some of the cells of a fit, and the columns that they had.
+
+    loc : (M, K) posterior means
+    columns : (M,) by name, codes of levels (-1 where unknown) or numbers in their own units
+    """
+
+    loc: Tensor
+    columns: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, fit: Fit, cells: Cells, seed: int) -> Landmarks | None:
+        """2,000 cells at random, or all; None for a story without a state of each cell."""
+        if not cells.schema.factors and not cells.schema.continuous:
+            return None
+        some = np.sort(np.random.default_rng(seed).permutation(len(cells))[:_KEPT])
+        chosen = cells[some]
+        try:
+            loc = fit._centres(chosen)
+        except ProgramError:
+            return None
+        columns = {name: code.cpu() for name, code in chosen.codes.items()}
+        for covariate in cells.schema.continuous:
+            values = chosen.values[covariate.column].cpu().double()
+            columns[covariate.column] = values * covariate.sd + covariate.mean
+        return cls(loc, columns) if loc.dim() == 2 else None
+
+    @property
+    def n_neighbors(self) -> int:
+        return max(1, min(50, len(self.loc) // 20))
+
+    def shares(self, z: Tensor, column: str, code: int, *, themselves: bool = False) -> Tensor:
+        """(N,) share of the neighbours of states (N, K) that have a level; without themselves if they are these."""
+        has = (self.columns[column] == code).double()
+        found = []
+        for start in range(0, len(z), 1000):
+            distance = torch.cdist(z[start : start + 1000], self.loc)
+            if themselves:
+                rows = torch.arange(len(distance))
+                distance[rows, rows + start] = torch.inf
+            nearest = distance.topk(self.n_neighbors, largest=False).indices
+            found.append(has[nearest].mean(-1))
+        return torch.cat(found)
+
+    def overlap(self, z: Tensor, column: str, code: int) -> Tensor:
+        """(N,) ratio of densities of states under a level and of all; 0 where no neighbour has it."""
+        overall = float((self.columns[column] == code).double().mean())
+        return self.shares(z, column, code) / max(overall, 1e-12)
+
+    def auc(self, column: str, code: int) -> float:
+        """Area under the curve of telling a level by the neighbours of a state; nan where all cells or none have it."""
+        has = (self.columns[column] == code).numpy()
+        n_with, n_without = int(has.sum()), int((~has).sum())
+        if not n_with or not n_without:
+            return float("nan")
+        rank = stats.rankdata(self.shares(self.loc, column, code, themselves=True).numpy())
+        return float((rank[has].sum() - n_with * (n_with + 1) / 2) / (n_with * n_without))
+
+
+def assess(fit: Fit, cells: Cells, do: Mapping[str, Any]) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """By column that is set, how far cells of these states were seen so; and what to warn of, with numbers."""
+    marks = fit.landmarks
+    found: dict[str, dict[str, float]] = {}
+    notes: list[str] = []
+    if marks is None:
+        return found, notes
+    z = None
+    for name, level in do.items():
+        factor, covariate = fit.schema.factor(name), fit.schema.covariate(name)
+        if covariate is not None:
+            low, high = (float(f(marks.columns[covariate.column])) for f in (torch.min, torch.max))
+            values = np.atleast_1d(np.asarray(level, dtype=float))
+            found[name] = {"low": low, "high": high}
+            if values.min() < low or values.max() > high:
+                notes.append(f'"{name}" is set to {_ends(values)}, outside of what was seen ({low:g} to {high:g})')
+        if factor is None or np.ndim(level) or (level == "all" and "all" not in factor.levels):
+            continue
+        code = factor.code(level)
+        moved = (cells.codes[factor.column] != code).cpu().numpy()
+        auc = marks.auc(factor.column, code)
+        found[name] = {"auc": auc}
+        if moved.any():
+            z = fit._centres(cells) if z is None else z
+            ratio = marks.overlap(z[torch.from_numpy(moved)], factor.column, code)
+            without = int((ratio < LITTLE).sum())
+            found[name] |= {"median": float(ratio.median()), "without": without / len(ratio)}
+            if without > 0.1 * len(ratio):
+                notes.append(
+                    f"{without:,} of {len(ratio):,} cells have states that were hardly seen with "
+                    f'{name}="{level}" (density ratio below {LITTLE}, median {float(ratio.median()):.2g}): the decoder '
+                    "extrapolates there"
+                )
+        if auc > _AUC:
+            notes.append(
+                f'the latent state still tells {name}="{level}" from the rest (AUC {auc:.2f}): what comes with the '
+                "column is in part in the state, and is not in the effect"
+            )
+    return found, notes
+
+
+def _ends(values: np.ndarray) -> str:
+    return f"{values.min():g}" if values.min() == values.max() else f"{values.min():g} to {values.max():g}"
