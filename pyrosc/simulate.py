@@ -1,7 +1,11 @@
-"""Simulated tissues: counts with a known truth, to test stories against. Numpy only, seeded."""
+"""Simulated cells: counts with a known truth, to test stories against. Numpy only, seeded.
+
+`tissue` draws from a law close to the stories'. `bursts` and `shifted_groups` do not; they are for comparing groups.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import anndata
@@ -85,3 +89,177 @@ def tissue(
         var=pd.DataFrame({"dispersion": inverse}, index=[f"gene{j}" for j in range(n_genes)]),
         layers={"rho": rho.astype(np.float32)},
     )
+
+
+def bursts(
+    n_cells: int = 4000,
+    n_genes: int = 800,
+    n_types: int = 6,
+    *,
+    populations: Sequence[int] = (500, 100),
+    effects: float = 0.3,
+    capture: float = 0.08,
+    seed: int = 0,
+) -> anndata.AnnData:
+    """Cell types whose genes are transcribed in bursts: counts are no negative binomial, and means are known.
+
+    A promoter turns on at rate ``on`` and off at rate ``off``, and transcribes at ``rate`` while on, all in units of
+    the decay of a molecule; so a cell's molecules of a gene are Poisson around ``rate`` times a Beta variable:
+
+        active[n, g]    ~ Beta(on[g, c], off[g, c])                of late, c the type of cell n
+        molecules[n, g] ~ Poisson(rate[g, c] * active[n, g])
+        x[n, g]         ~ Binomial(molecules[n, g], captured[n])
+        captured[n]     ~ LogNormal(log capture, 0.3), at most 1
+
+    Log ``on``, ``off`` and ``rate`` of a gene are Normal(0, 0.8), Normal(1, 0.8) and Normal(4, 1); sds, not variances.
+    In each type ``effects`` of the genes have one of the three, drawn at random, moved up or down by Uniform(0.7, 1.5).
+    Each type draws its own genes, so two types differ in 1 - (1 - effects)^2 of them on average: 51 % by default.
+
+    Parameters
+    ----------
+    populations : numbers of cells of the first types; the others share the rest of the cells evenly
+    effects : share of the genes that a type moves, 0 to 1
+    capture : median share of a cell's molecules that is counted, above 0 and at most 1
+
+    Returns
+    -------
+    AnnData
+        ``X`` CSR counts (N, G), cells of the types in random order; ``obs``: "cell_type" and "captured"; ``varm``:
+        "on", "off", "rate" and "mean", each a DataFrame (G, types). "mean" is the expected number of molecules,
+        rate on / (on + off): ``varm["mean"] / varm["mean"].sum()`` are true shares of the types, and log2 ratios of
+        these the true effects between them.
+
+    Raises
+    ------
+    ValueError
+        If a size, share or population is out of range.
+
+    Notes
+    -----
+    Reference: Zhang et al. 2019, Nature Communications 10:2611 (SymSim), whose kinetic law this is, without its library
+    preparation and sequencing. The variance of molecules is their mean + rate^2 on off / ((on + off)^2 (on + off + 1)).
+    """
+    _check_sizes(n_cells=n_cells, n_genes=n_genes, n_types=n_types)
+    sizes, others = [int(n) for n in populations], n_types - len(populations)
+    if others < 0 or min(sizes, default=1) < 1:
+        raise ValueError(
+            f"populations must be whole numbers >= 1, at most one for each of n_types={n_types}, not "
+            f"{tuple(populations)}: name fewer, or ask for more types"
+        )
+    rest = n_cells - sum(sizes)
+    if rest < others or (others == 0 and rest > 0):
+        raise ValueError(
+            f"populations={tuple(populations)} leave {rest:,} of n_cells={n_cells:,} to {others} other types, which "
+            f"{'is too few' if others else 'must be none'}: change populations or n_cells"
+        )
+    if not 0 <= effects <= 1:
+        raise ValueError(f"effects is the share of genes that a type moves, between 0 and 1, not {effects!r}")
+    if not 0 < capture <= 1:
+        raise ValueError(f"capture is the share of molecules counted, above 0 and at most 1, not {capture!r}")
+    draw = np.random.default_rng(seed)
+    base = draw.normal([[0.0], [1.0], [4.0]], [[0.8], [0.8], [1.0]], (3, n_genes))
+    logs = np.repeat(base[:, :, None], n_types, axis=2)  # (on, off, rate), genes, types
+    for t in range(n_types):
+        moved = draw.choice(n_genes, round(effects * n_genes), replace=False)
+        size = draw.uniform(0.7, 1.5, len(moved)) * draw.choice([-1.0, 1.0], len(moved))
+        logs[draw.integers(3, size=len(moved)), moved, t] += size
+    on, off, rate = np.exp(logs)
+
+    sizes += [rest // others + (k < rest % others) for k in range(others)]
+    kind = draw.permutation(np.repeat(np.arange(n_types), sizes))
+    captured = np.minimum(draw.lognormal(np.log(capture), 0.3, n_cells), 1.0)
+    active = draw.beta(on.T[kind], off.T[kind])
+    # A Binomial share of a Poisson number is Poisson: molecules need not be drawn.
+    counts = draw.poisson(captured[:, None] * rate.T[kind] * active)
+
+    types, genes = [f"type{t}" for t in range(n_types)], [f"gene{j}" for j in range(n_genes)]
+    truth = {"on": on, "off": off, "rate": rate, "mean": rate * on / (on + off)}
+    return anndata.AnnData(
+        X=sparse.csr_matrix(counts.astype(np.float32)),
+        obs=pd.DataFrame(
+            {"cell_type": pd.Categorical([types[t] for t in kind], categories=types), "captured": captured},
+            index=[f"cell{i}" for i in range(n_cells)],
+        ),
+        var=pd.DataFrame(index=genes),
+        varm={name: pd.DataFrame(value, index=genes, columns=types) for name, value in truth.items()},
+    )
+
+
+def shifted_groups(
+    n_cells: int = 1000,
+    n_genes: int = 100,
+    *,
+    shift: float = 1.0,
+    extra_zeros: float = 0.3,
+    seed: int = 0,
+) -> anndata.AnnData:
+    """Two groups of cells, half of the genes shifted between them: log-normal rates that go together, and extra zeros.
+
+        log mean[n, g] = log base[g] + log 2 * shift[g] * (n in group2) + 0.4 * factor[g] * u[n] + sd[g] * e[n, g]
+        x[n, g]        ~ Poisson(mean[n, g]), or 0 with probability ``extra_zeros``
+
+    with u and e standard normal: log rates of a cell have covariance 0.16 factor factor' + diag(sd^2). ``base``, the
+    median of group1, is Uniform(10, 60), ``factor`` Uniform(-1, 1) and ``sd``^2 Uniform(0.02, 0.06). Half of the genes
+    (of an odd number one fewer) have a log2 shift of Normal(+-``shift``, 0.16), either sign as likely, the others of
+    Normal(0, 0.16); 0.16 is an sd. Cells of a group differ too: log2 ratios of random pairs have an sd of about 0.6.
+
+    Parameters
+    ----------
+    shift : log2 ratio, group2 over group1, about which the genes that move do so
+    extra_zeros : probability of a zero that says nothing of the mean, 0 to below 1
+
+    Returns
+    -------
+    AnnData
+        ``X`` CSR counts (N, G); ``obs``: "group", "group1" or "group2", half of the cells each (of an odd number group2
+        has one more), in random order; ``layers["mean"]`` (N, G) expected count of each cell before extra zeros, its
+        rows over their sums the true shares; ``var``: "base", "shift" (log2, group2 over group1), "factor", "sd" and
+        "is_shifted".
+
+    Raises
+    ------
+    ValueError
+        If a size, the shift or the probability is out of range.
+
+    Notes
+    -----
+    Reference: Lopez, Boyeau et al. 2020, Decision-making with auto-encoding variational Bayes, NeurIPS 33, whose
+    Poisson log-normal study this follows.
+    """
+    _check_sizes(n_cells=n_cells, n_genes=n_genes)
+    if n_cells < 2:
+        raise ValueError(f"n_cells must be at least 2, not {n_cells}: there is a cell in each group")
+    if not np.isfinite(shift):
+        raise ValueError(f"shift must be a finite log2 ratio such as 1.0, not {shift!r}")
+    if not 0 <= extra_zeros < 1:
+        raise ValueError(f"extra_zeros must be at least 0 and below 1, not {extra_zeros!r}: it is a probability")
+    draw = np.random.default_rng(seed)
+    base = draw.uniform(10, 60, n_genes)
+    is_shifted = draw.permutation(n_genes) < n_genes // 2
+    of_gene = draw.normal(0, 0.16, n_genes) + is_shifted * shift * draw.choice([-1.0, 1.0], n_genes)
+    factor, sd = draw.uniform(-1, 1, n_genes), np.sqrt(draw.uniform(0.02, 0.06, n_genes))
+
+    second = draw.permutation(n_cells) >= n_cells // 2
+    logs = np.log(base) + np.log(2) * of_gene * second[:, None]
+    logs += 0.4 * factor * draw.normal(size=(n_cells, 1)) + sd * draw.normal(size=(n_cells, n_genes))
+    mean = np.exp(logs)
+    counts = draw.poisson(mean) * (draw.uniform(size=mean.shape) >= extra_zeros)
+
+    return anndata.AnnData(
+        X=sparse.csr_matrix(counts.astype(np.float32)),
+        obs=pd.DataFrame(
+            {"group": pd.Categorical(np.where(second, "group2", "group1"), categories=["group1", "group2"])},
+            index=[f"cell{i}" for i in range(n_cells)],
+        ),
+        var=pd.DataFrame(
+            {"base": base, "shift": of_gene, "factor": factor, "sd": sd, "is_shifted": is_shifted},
+            index=[f"gene{j}" for j in range(n_genes)],
+        ),
+        layers={"mean": mean.astype(np.float32)},
+    )
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if value < 1 or value != int(value):
+            raise ValueError(f"{name} must be a whole number >= 1, not {value!r}")
