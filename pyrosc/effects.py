@@ -107,6 +107,55 @@ def sum_over_cells(
     return found
 
 
+@dataclass
+class Totals:
+    """Counts of the cells of each unit, seen and expected: (U, G) each.
+
+    seen : sums of counts
+    expected, variance : sums of means and variances of their laws, averaged over draws of the state
+    """
+
+    seen: np.ndarray
+    expected: np.ndarray
+    variance: np.ndarray
+
+    @classmethod
+    def of(cls, fit: Fit, cells: Cells, unit: np.ndarray, seed: int) -> Totals:
+        n_units, n_draws = int(unit.max()) + 1, max(10, len(fit.members))
+        code = torch.as_tensor(unit)
+
+        def ask(block: Cells, trace: poutine.Trace, n: int | None) -> Tensor:
+            site: Any = trace.nodes["x"]
+            law = site["fn"]
+            x: Any = block.x
+            both = torch.cat([law.mean, law.variance], -1).reshape(-1, len(block), 2 * cells.n_genes)
+            return torch.cat([both, x.expand(len(both), *x.shape)], -1)
+
+        sums = torch.zeros(n_units, 3 * cells.n_genes, dtype=torch.float64)
+        start = 0
+        for (values,) in fit._runs(cells, [[cells]], n_draws, seed, ask):
+            sums.index_add_(0, code[start : start + values.shape[1]], values.mean(0).double().cpu())
+            start += values.shape[1]
+        expected, variance, seen = sums.numpy().reshape(n_units, 3, cells.n_genes).transpose(1, 0, 2)
+        return cls(seen, expected, variance)
+
+    def log_ratio(self, units: np.ndarray, by: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """log2 of counts seen over expected in some units together, (G,), and the variance of that.
+
+        Of the counts' laws; or, where donors ``by`` (U,) scatter more, of donors (Cochran 1977, Sampling Techniques,
+        section 6.4, the ratio estimator).
+        """
+        y, mean = self.seen[units], self.expected[units]
+        total, expected = y.sum(0) + 0.5, mean.sum(0) + 0.5
+        variance = self.variance[units].sum(0)
+        if by is not None and len(np.unique(by[units])) > 1:
+            _, of_donor = np.unique(by[units], return_inverse=True)
+            rest = np.zeros((of_donor.max() + 1, y.shape[1]))
+            np.add.at(rest, of_donor, y - total / expected * mean)
+            variance = np.maximum(variance, (rest**2).sum(0) * len(rest) / (len(rest) - 1))
+        return np.log2(total / expected), variance / (expected * np.log(2)) ** 2
+
+
 # ---- what is said of an effect ----------------------------------------------------------------
 
 
@@ -315,8 +364,8 @@ def _mask(cells: Cells, group: Any, name: str) -> np.ndarray:
 
 def differential_expression(
     fit: Fit, cells: Cells, pairs: list[Comparison], *, estimand: str, delta: float | None, pseudocount: float | None,
-    fdr: float, n_draws: int, interval: float, resample: bool, shrink: bool, batches: str, donor: str | None,
-    importance: int, seed: int,
+    fdr: float, n_draws: int, interval: float, resample: bool, residual: bool, shrink: bool, batches: str,
+    donor: str | None, importance: int, seed: int,
 ) -> pd.DataFrame:  # fmt: skip
     """See `Fit.differential_expression`."""
     asked = np.any([mask for pair in pairs for mask in pair.masks], axis=0)
@@ -354,6 +403,7 @@ def differential_expression(
             (sums,) = sum_over_cells(fit, cells, [[world]], unit, weights, n, seed + k, None, len(worlds) > 1, weighed)
             parts.append(sums)
         sums = Sums(torch.cat([p.shares for p in parts]), torch.cat([p.weights for p in parts]))
+        totals = Totals.of(fit, cells, unit, seed) if residual and estimand == "population" else None
         for k, pair in enumerate(pairs):
             both = [inside[:, 2 * k], inside[:, 2 * k + 1]]
             if estimand == "donor":
@@ -363,9 +413,14 @@ def differential_expression(
             counts = [_counts_of(cells, mask)[0] for mask in pair.masks]
             e = pseudocount_of(counts, means) if pseudocount is None else pseudocount
             lfc = log2_ratio(means[0], means[1], e)
+            if totals is not None:
+                rest = _rest(totals, both, None if donors is None else by)
+                lfc = lfc + rest.mean + rest.sd * np.random.default_rng([seed, k]).standard_normal(lfc.shape)
             abundance = (means[0] + means[1]).mean(0).numpy()
             found = Effects.of(lfc, member, abundance if shrink else None)
             tables.append(_table(fit, cells, pair, found, means, delta, fdr, interval, e, worlds, shrink, seed + k))
+            if totals is not None:
+                tables[-1]["lfc_residual"] = pd.Series(rest.mean, index=list(fit.schema.genes))
     table = pd.concat(tables)
     by_draws = fit._uncertainty(cells=resample and estimand == "population")
     table.attrs = dict(tables[0].attrs) | {
@@ -377,6 +432,12 @@ def differential_expression(
         for name in ("delta", "pseudocount", "fdp_interval"):
             table.attrs[name] = {t["group1"].iloc[0]: t.attrs[name] for t in tables}
     return table
+
+
+def _rest(totals: Totals, groups: list[np.ndarray], by: np.ndarray | None) -> Shrunk:
+    """What the counts of two groups say of each gene's effect beyond what is decoded: (G,) effects."""
+    (one, v1), (two, v2) = (totals.log_ratio(units, by) for units in groups)
+    return shrunk(one - two, np.sqrt(v1 + v2))
 
 
 def _weighed(fit: Fit, cells: Cells, proposals: int, seed: int) -> Importance | None:

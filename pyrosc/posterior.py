@@ -426,6 +426,7 @@ class Fit:
         n_draws: int = 100,
         interval: float = 0.9,
         resample: bool = True,
+        residual: bool = True,
         shrink: bool = True,
         batches: str = "shared",
         donor: str | None = None,
@@ -455,6 +456,10 @@ class Fit:
         resample : whether each draw weighs cells by Dirichlet(1, ..., 1), for the population they come from
             Where donors are known they are weighed so, and the cells within each. Without it the answer is
             about these very cells.
+        residual : whether "population" adds what the groups' counts say beyond what is decoded
+            A decoder that was not told of the groups may average their difference away. So counts seen over counts
+            expected are compared between the groups, and their log2 ratio, drawn towards 0 by the law that it has over
+            genes, is added to the effect ("lfc_residual").
         shrink : whether "population" judges a gene by what all genes do: variances of an ensemble are moderated, and
             "probability" is that of an effect from the law that the genes follow (a mixture of normals around 0).
             Without it each effect has a flat prior of its own, and calls have more false ones than they say.
@@ -516,7 +521,7 @@ class Fit:
         self._require_rho_of_cells(cells)
         return differential_expression(
             self, cells, pairs, estimand=estimand, delta=delta, pseudocount=pseudocount, fdr=fdr, n_draws=n_draws,
-            interval=interval, resample=resample, shrink=shrink, batches=batches, donor=donor, importance=importance,
+            interval=interval, resample=resample, residual=residual, shrink=shrink, batches=batches, donor=donor, importance=importance,
             seed=seed,
         )  # fmt: skip
 

@@ -1,8 +1,9 @@
 """Counts that a fitted story makes: new ones, those of another world with the same noise, and the law they follow.
 
 A count x with law F is the quantile of its noise u, uniform between F(x - 1) and F(x). In another world, with law F',
-the same noise gives F'^-1(u): the comonotone counterfactual. It is one of the couplings that a story allows, as it gives
-the laws of counts in both worlds but not their joint law; draws with new noise are the interventional distribution.
+the same noise gives F'^-1(u): the comonotone counterfactual. It is one of the couplings that a story allows, as it
+gives the laws of counts in both worlds but not their joint law; draws with new noise are the interventional
+distribution.
 """
 
 from __future__ import annotations

@@ -79,6 +79,12 @@ class Shrunk:
         """(G,) posterior means."""
         return (self.weight * self.loc).sum(1)
 
+    @property
+    def sd(self) -> np.ndarray:
+        """(G,) posterior standard deviations."""
+        second = (self.weight * (self.loc**2 + self.scale**2)).sum(1)
+        return np.sqrt(np.maximum(second - self.mean**2, 0.0))
+
     def cdf(self, value: float) -> np.ndarray:
         """(G,) posterior probability of an effect of at most ``value``."""
         with np.errstate(divide="ignore", invalid="ignore"):
