@@ -521,8 +521,8 @@ class Fit:
         self._require_rho_of_cells(cells)
         return differential_expression(
             self, cells, pairs, estimand=estimand, delta=delta, pseudocount=pseudocount, fdr=fdr, n_draws=n_draws,
-            interval=interval, resample=resample, residual=residual, shrink=shrink, batches=batches, donor=donor, importance=importance,
-            seed=seed,
+            interval=interval, resample=resample, residual=residual, shrink=shrink, batches=batches, donor=donor,
+            importance=importance, seed=seed,
         )  # fmt: skip
 
     def draws(
