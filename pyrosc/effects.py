@@ -13,6 +13,10 @@ et al. 2021, Nature Communications 12:5692, for donors):
     cell         a random cell of one group against a random cell of the other
     donor        means of donors, by a moderated t (Smyth 2004); called by a test of |lfc| <= delta
 
+To the effects of "population" is added what the groups' counts say beyond what is decoded: log2 of counts seen over
+counts expected (a difference estimator of survey sampling: Särndal et al. 1992, Model Assisted Survey Sampling, chapter
+6), so that a difference which the decoder averages away is found all the same.
+
 Genes of the first two are called by the posterior expected false discovery proportion: in order of P(|lfc| > delta),
 as long as the mean of 1 - P over those called is at most ``fdr`` (Müller et al. 2004, JASA 99:990). In "population" P
 is that of effects with the prior that all genes share (`shrinkage`): with a flat prior on each the rate is not kept.
@@ -414,15 +418,16 @@ def differential_expression(
             e = pseudocount_of(counts, means) if pseudocount is None else pseudocount
             lfc = log2_ratio(means[0], means[1], e)
             if totals is not None:
-                rest = _rest(totals, both, None if donors is None else by)
-                lfc = lfc + rest.mean + rest.sd * np.random.default_rng([seed, k]).standard_normal(lfc.shape)
+                rest, rest_sd = _rest(totals, both, None if donors is None else by, bool(fit.members))
+                lfc = lfc + rest + rest_sd * _scatter(lfc.shape, seed)
             abundance = (means[0] + means[1]).mean(0).numpy()
             found = Effects.of(lfc, member, abundance if shrink else None)
             tables.append(_table(fit, cells, pair, found, means, delta, fdr, interval, e, worlds, shrink, seed + k))
             if totals is not None:
-                tables[-1]["lfc_residual"] = pd.Series(rest.mean, index=list(fit.schema.genes))
+                tables[-1]["lfc_residual"] = pd.Series(rest, index=list(fit.schema.genes))
     table = pd.concat(tables)
-    by_draws = fit._uncertainty(cells=resample and estimand == "population")
+    is_population = estimand == "population"
+    by_draws = fit._uncertainty(cells=resample and is_population, counts=residual and is_population)
     table.attrs = dict(tables[0].attrs) | {
         "estimand": estimand, "fdr": fdr, "batches": levels,
         "uncertainty": "donors" if estimand == "donor" else by_draws,
@@ -434,10 +439,26 @@ def differential_expression(
     return table
 
 
-def _rest(totals: Totals, groups: list[np.ndarray], by: np.ndarray | None) -> Shrunk:
-    """What the counts of two groups say of each gene's effect beyond what is decoded: (G,) effects."""
+def _rest(
+    totals: Totals, groups: list[np.ndarray], by: np.ndarray | None, shrink: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the counts of two groups say of each gene's effect beyond what is decoded: mean and sd, (G,) each.
+
+    Shrunk where refits tell how sure the decoder is. One fit has followed the noise of its counts without saying so:
+    then what is left over does not show how wrong it is, and the counts are believed as they are.
+    """
     (one, v1), (two, v2) = (totals.log_ratio(units, by) for units in groups)
-    return shrunk(one - two, np.sqrt(v1 + v2))
+    if not shrink:
+        return one - two, np.sqrt(v1 + v2)
+    found = shrunk(one - two, np.sqrt(v1 + v2))
+    return found.mean, found.sd
+
+
+def _scatter(shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """(S, G) standard normal numbers, each column its quantiles in random order: no mean moves by chance."""
+    column = stats.norm.ppf((np.arange(shape[0]) + 0.5) / shape[0])
+    column /= column.std(ddof=1)
+    return np.random.default_rng([seed, 4]).permuted(np.tile(column, (shape[1], 1)), axis=1).T
 
 
 def _weighed(fit: Fit, cells: Cells, proposals: int, seed: int) -> Importance | None:

@@ -457,9 +457,9 @@ class Fit:
             Where donors are known they are weighed so, and the cells within each. Without it the answer is
             about these very cells.
         residual : whether "population" adds what the groups' counts say beyond what is decoded
-            A decoder that was not told of the groups may average their difference away. So counts seen over counts
-            expected are compared between the groups, and their log2 ratio, drawn towards 0 by the law that it has over
-            genes, is added to the effect ("lfc_residual").
+            A decoder that was not told of the groups may average their difference away. So log2 of counts seen over
+            counts expected is compared between the groups, and added ("lfc_residual"): for an ensemble drawn towards
+            0 by the law that it has over genes; for a single fit, which does not know how wrong it is, as it is.
         shrink : whether "population" judges a gene by what all genes do: variances of an ensemble are moderated, and
             "probability" is that of an effect from the law that the genes follow (a mixture of normals around 0).
             Without it each effect has a flat prior of its own, and calls have more false ones than they say.
@@ -496,9 +496,10 @@ class Fit:
 
         Notes
         -----
-        Effects are the decoder's: how donors differ is in them as far as the story lets a donor (``batch=``) change
-        them. A single fit knows the decoder for certain: its intervals cover a few per cent where 90 are nominal, and
-        its calls are too many. ``fit(..., ensemble=5)`` mends that (benchmarks/results/effects.md). Groups that were
+        What "cell" and "donor" compare is decoded: how donors differ is in them as far as the story lets a donor
+        (``batch=``) change it, and a single fit takes the decoder for certain. "population" with ``residual`` is honest
+        for a single fit too, as it then rests on the counts; ``fit(..., ensemble=5)`` finds more in small groups
+        (benchmarks/results/effects.md). Groups that were
         found on these counts use them twice: cluster on one half of ``cells.thin(0.5)``, test on the other.
 
         References
@@ -785,9 +786,9 @@ class Fit:
         reach = stats.t.ppf(0.5 + interval / 2, df) * sd
         return sd, np.maximum(mean - reach, least), mean + reach
 
-    def _uncertainty(self, cells: bool = False) -> str:
+    def _uncertainty(self, cells: bool = False, counts: bool = False) -> str:
         """What the spread of draws comes from."""
-        known = ["z"] + ["global sites"] * self.program.has_globals + ["cells"] * cells
+        known = ["z"] + ["global sites"] * self.program.has_globals + ["cells"] * cells + ["counts"] * counts
         known += ["decoder"] * bool(self.members)
         return "z only" if len(known) == 1 else ", ".join(known[:-1]) + f" and {known[-1]}"
 
