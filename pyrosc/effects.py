@@ -113,10 +113,11 @@ def sum_over_cells(
 
 @dataclass
 class Totals:
-    """Counts of the cells of each unit, seen and expected: (U, G) each.
+    """Counts of the cells of each unit, seen and expected.
 
-    seen : sums of counts
-    expected, variance : sums of means and variances of their laws, averaged over draws of the state
+    seen : (U, G) sums of counts
+    expected : (M, U, G) sums of means of their laws under each member of an ensemble, averaged over draws of the state
+    variance : (U, G) sums of variances of their laws
     """
 
     seen: np.ndarray
@@ -125,39 +126,42 @@ class Totals:
 
     @classmethod
     def of(cls, fit: Fit, cells: Cells, unit: np.ndarray, seed: int) -> Totals:
-        n_units, n_draws = int(unit.max()) + 1, max(10, len(fit.members))
+        n_units, n_genes = int(unit.max()) + 1, cells.n_genes
         code = torch.as_tensor(unit)
 
         def ask(block: Cells, trace: poutine.Trace, n: int | None) -> Tensor:
             site: Any = trace.nodes["x"]
             law = site["fn"]
             x: Any = block.x
-            both = torch.cat([law.mean, law.variance], -1).reshape(-1, len(block), 2 * cells.n_genes)
+            both = torch.cat([law.mean, law.variance], -1).reshape(-1, len(block), 2 * n_genes)
             return torch.cat([both, x.expand(len(both), *x.shape)], -1)
 
-        sums = torch.zeros(n_units, 3 * cells.n_genes, dtype=torch.float64)
-        start = 0
-        for (values,) in fit._runs(cells, [[cells]], n_draws, seed, ask):
-            sums.index_add_(0, code[start : start + values.shape[1]], values.mean(0).double().cpu())
-            start += values.shape[1]
-        expected, variance, seen = sums.numpy().reshape(n_units, 3, cells.n_genes).transpose(1, 0, 2)
-        return cls(seen, expected, variance)
+        programs = fit.members or (fit.program,)
+        n_draws = max(2, 10 // len(programs))
+        sums = torch.zeros(len(programs), n_units, 3 * n_genes, dtype=torch.float64)
+        for m, program in enumerate(programs):
+            start = 0
+            for (values,) in fit._runs(cells, [[cells]], n_draws, seed, ask, program):
+                sums[m].index_add_(0, code[start : start + values.shape[1]], values.mean(0).double().cpu())
+                start += values.shape[1]
+        expected, variance, seen = np.moveaxis(sums.numpy().reshape(len(programs), n_units, 3, n_genes), 2, 0)
+        return cls(seen[0], expected, variance.mean(0))
 
     def log_ratio(self, units: np.ndarray, by: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """log2 of counts seen over expected in some units together, (G,), and the variance of that.
+        """log2 of counts seen over expected in some units together, (M, G), and the variance of that, (G,).
 
         Of the counts' laws; or, where donors ``by`` (U,) scatter more, of donors (Cochran 1977, Sampling Techniques,
         section 6.4, the ratio estimator).
         """
-        y, mean = self.seen[units], self.expected[units]
-        total, expected = y.sum(0) + 0.5, mean.sum(0) + 0.5
+        y, mean = self.seen[units], self.expected[:, units]
+        total, expected = y.sum(0) + 0.5, mean.sum(1) + 0.5
         variance = self.variance[units].sum(0)
         if by is not None and len(np.unique(by[units])) > 1:
             _, of_donor = np.unique(by[units], return_inverse=True)
             rest = np.zeros((of_donor.max() + 1, y.shape[1]))
-            np.add.at(rest, of_donor, y - total / expected * mean)
+            np.add.at(rest, of_donor, y - total / expected.mean(0) * mean.mean(0))
             variance = np.maximum(variance, (rest**2).sum(0) * len(rest) / (len(rest) - 1))
-        return np.log2(total / expected), variance / (expected * np.log(2)) ** 2
+        return np.log2(total / expected), variance / (expected.mean(0) * np.log(2)) ** 2
 
 
 # ---- what is said of an effect ----------------------------------------------------------------
@@ -205,6 +209,15 @@ class Effects:
             variance, df = moderated(sd**2, df, abundance)
             sd = np.sqrt(variance)
         return cls(mean, sd, draws, df)
+
+    def surer(self, other: Effects) -> Effects:
+        """Of each gene the one with the smaller sd; of an ensemble, and the other from draws."""
+        if self.df is None or other.df is not None:
+            raise TypeError("one law of an ensemble and one of draws")
+        first = self.sd <= other.sd
+        df = np.where(first, self.df, len(other.draws) - 1.0)
+        mean, sd = (np.where(first, a, b) for a, b in ((self.mean, other.mean), (self.sd, other.sd)))
+        return Effects(mean, sd, np.where(first, self.draws, other.draws), df)
 
     def quantiles(self, *at: float) -> list[np.ndarray]:
         """(G,) for each probability."""
@@ -417,14 +430,15 @@ def differential_expression(
             counts = [_counts_of(cells, mask)[0] for mask in pair.masks]
             e = pseudocount_of(counts, means) if pseudocount is None else pseudocount
             lfc = log2_ratio(means[0], means[1], e)
-            if totals is not None:
-                rest, rest_sd = _rest(totals, both, None if donors is None else by, bool(fit.members))
-                lfc = lfc + rest + rest_sd * _scatter(lfc.shape, seed)
-            abundance = (means[0] + means[1]).mean(0).numpy()
-            found = Effects.of(lfc, member, abundance if shrink else None)
+            abundance = (means[0] + means[1]).mean(0).numpy() if shrink else None
+            if totals is None:
+                found = Effects.of(lfc, member, abundance)
+            else:
+                found = _with_counts(lfc, totals, both, None if donors is None else by, member, abundance, seed)
             tables.append(_table(fit, cells, pair, found, means, delta, fdr, interval, e, worlds, shrink, seed + k))
             if totals is not None:
-                tables[-1]["lfc_residual"] = pd.Series(rest, index=list(fit.schema.genes))
+                more = pd.Series(found.mean - lfc.mean(0), index=list(fit.schema.genes))
+                tables[-1].insert(5 + shrink, "lfc_residual", more)
     table = pd.concat(tables)
     is_population = estimand == "population"
     by_draws = fit._uncertainty(cells=resample and is_population, counts=residual and is_population)
@@ -439,19 +453,25 @@ def differential_expression(
     return table
 
 
-def _rest(
-    totals: Totals, groups: list[np.ndarray], by: np.ndarray | None, shrink: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """What the counts of two groups say of each gene's effect beyond what is decoded: mean and sd, (G,) each.
+def _with_counts(
+    lfc: np.ndarray, totals: Totals, groups: list[np.ndarray], by: np.ndarray | None, member: np.ndarray | None,
+    abundance: np.ndarray | None, seed: int,
+) -> Effects:  # fmt: skip
+    """Decoded effects (S, G) with what the groups' counts say beyond them.
 
-    Shrunk where refits tell how sure the decoder is. One fit has followed the noise of its counts without saying so:
-    then what is left over does not show how wrong it is, and the counts are believed as they are.
+    As it is, log2 of counts seen over expected makes up for whatever the decoder gets wrong, and brings the noise of
+    the counts. One fit has followed that noise without saying so, and does not know how wrong it is: it takes this.
+    Refits know, and may do better with few counts: there it is drawn towards 0 by the law that it has over genes. Each
+    gene takes what is surer.
     """
     (one, v1), (two, v2) = (totals.log_ratio(units, by) for units in groups)
-    if not shrink:
-        return one - two, np.sqrt(v1 + v2)
-    found = shrunk(one - two, np.sqrt(v1 + v2))
-    return found.mean, found.sd
+    rest, noise = one - two, _scatter(lfc.shape, seed)  # (M, G), (S, G)
+    sd = np.sqrt(v1 + v2)
+    as_it_is = Effects.of(lfc + (rest if member is None else rest[member]) + sd * noise, None)
+    if member is None:
+        return as_it_is
+    drawn = shrunk(rest.mean(0), sd)
+    return Effects.of(lfc + drawn.mean + drawn.sd * noise, member, abundance).surer(as_it_is)
 
 
 def _scatter(shape: tuple[int, ...], seed: int) -> np.ndarray:

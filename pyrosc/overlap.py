@@ -12,7 +12,7 @@ Causal Inference: What If, section 3.3; Johansson et al. 2022, JMLR 23:227.)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,17 +35,17 @@ class Landmarks:
     """States of some of the cells of a fit, and the columns that they had.
 
     loc : (M, K) posterior means
+    log_total : (M,) logs of their library, observed counts
     columns : (M,) by name, codes of levels (-1 where unknown) or numbers in their own units
     """
 
     loc: Tensor
+    log_total: Tensor
     columns: dict[str, Tensor]
 
     @classmethod
     def of(cls, fit: Fit, cells: Cells, seed: int) -> Landmarks | None:
         """2,000 cells at random, or all; None for a story without a state of each cell."""
-        if not cells.schema.factors and not cells.schema.continuous:
-            return None
         some = np.sort(np.random.default_rng(seed).permutation(len(cells))[:_KEPT])
         chosen = cells[some]
         try:
@@ -56,7 +56,7 @@ class Landmarks:
         for covariate in cells.schema.continuous:
             values = chosen.values[covariate.column].cpu().double()
             columns[covariate.column] = values * covariate.sd + covariate.mean
-        return cls(loc, columns) if loc.dim() == 2 else None
+        return cls(loc, chosen.library.cpu().double().log().ravel(), columns) if loc.dim() == 2 else None
 
     @property
     def n_neighbors(self) -> int:
@@ -65,15 +65,32 @@ class Landmarks:
     def shares(self, z: Tensor, column: str, code: int, *, themselves: bool = False) -> Tensor:
         """(N,) share of the neighbours of states (N, K) that have a level; without themselves if they are these."""
         has = (self.columns[column] == code).double()
-        found = []
+        return torch.cat([has[at].mean(-1) for _, at in self._nearest(z, self.n_neighbors, themselves)])
+
+    def _nearest(self, z: Tensor, k: int, themselves: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """(n, k) distances and places of the nearest, nearest first, block by block of states (N, K)."""
+        k = max(1, min(k, len(self.loc) - 1))
         for start in range(0, len(z), 1000):
             distance = torch.cdist(z[start : start + 1000], self.loc)
             if themselves:
                 rows = torch.arange(len(distance))
                 distance[rows, rows + start] = torch.inf
-            nearest = distance.topk(self.n_neighbors, largest=False).indices
-            found.append(has[nearest].mean(-1))
-        return torch.cat(found)
+            else:  # a cell that is one of these is not its own neighbour
+                distance = distance.where(distance > 1e-6, torch.inf)
+            found = distance.topk(k, largest=False)
+            yield found.values, found.indices
+
+    def apart(
+        self, z: Tensor, k: int, alike: int, log_total: Tensor, *, themselves: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Distances of states (N, K) to their k-th nearest; and log totals (N,) less the mean of those ``alike``."""
+        distances, excess, start = [], [], 0
+        for values, at in self._nearest(z, max(k, alike), themselves):
+            distances.append(values[:, min(k, values.shape[1]) - 1])
+            own = log_total[start : start + len(values)]
+            excess.append(own - self.log_total[at[:, :alike]].mean(-1))
+            start += len(values)
+        return torch.cat(distances), torch.cat(excess)
 
     def overlap(self, z: Tensor, column: str, code: int) -> Tensor:
         """(N,) ratio of densities of states under a level and of all; 0 where no neighbour has it."""

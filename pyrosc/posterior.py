@@ -332,6 +332,46 @@ class Fit:
         at, names = self._genes(genes)
         return technical_zeros(self, cells, at, names, _whole("n_draws", n_draws, 1), seed)
 
+    def outliers(
+        self, cells: Cells | anndata.AnnData, *, fdr: float = 0.1, n_draws: int = 200, seed: int = 0
+    ) -> pd.DataFrame:
+        """Cells that the story has no place for: doublets, types that the fit has not seen, strange counts.
+
+        Parameters
+        ----------
+        cells : as measured; at least 20, most of them sound
+        fdr : expected share of sound cells among those called
+        n_draws : S, draws of the state and of counts
+        seed : the thinning of counts and draws are random through it
+
+        Returns
+        -------
+        DataFrame
+            One row a cell: "surprise" at counts that thinning dropped, in sds, and "p_predictive", their posterior
+            predictive p-value; "p_counts", the surprise beside that of the other cells; "p_state" and "p_total", how
+            far the state is from those of the cells of the fit, and how large the total beside cells of like state;
+            "p" of the three, "q" by Benjamini and Hochberg, "is_outlier".
+
+        Raises
+        ------
+        ValueError
+            If there are too few cells, or they are thinned already.
+
+        Notes
+        -----
+        See `outliers` (the module) for what each p-value is. What each finds is in benchmarks/results/outliers.md.
+        """
+        from .outliers import outliers
+
+        _check_numbers(fdr=fdr)
+        given = Cells.align(cells, self.schema)
+        if len(given) < 20:
+            raise ValueError(f"outliers are judged beside the other cells: give at least 20, not {len(given)}")
+        if given.kept != 1:
+            raise ValueError("these cells are thinned already; pass them as they were measured")
+        fraction = self.settings.get("kept", 1.0)
+        return outliers(self, given, fraction if fraction < 1 else 0.5, fdr, _whole("n_draws", n_draws, 20), seed)
+
     def counterfactual(
         self,
         cells: Cells | anndata.AnnData,
@@ -458,8 +498,9 @@ class Fit:
             about these very cells.
         residual : whether "population" adds what the groups' counts say beyond what is decoded
             A decoder that was not told of the groups may average their difference away. So log2 of counts seen over
-            counts expected is compared between the groups, and added ("lfc_residual"): for an ensemble drawn towards
-            0 by the law that it has over genes; for a single fit, which does not know how wrong it is, as it is.
+            counts expected is compared between the groups, and added ("lfc_residual"): as it is for a single fit,
+            which does not know how wrong it is; for an ensemble as it is or drawn towards 0 by the law that it has over
+            genes, whichever is surer of the gene.
         shrink : whether "population" judges a gene by what all genes do: variances of an ensemble are moderated, and
             "probability" is that of an effect from the law that the genes follow (a mixture of normals around 0).
             Without it each effect has a flat prior of its own, and calls have more false ones than they say.

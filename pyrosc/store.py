@@ -89,6 +89,7 @@ def save(fit: Fit, path: Any, *, overwrite: bool = False) -> None:
     }
     if fit.landmarks is not None:
         tensors[f"{_MARKS}loc"] = fit.landmarks.loc.cpu().contiguous().clone()
+        tensors[f"{_MARKS}log_total"] = fit.landmarks.log_total.clone()
         tensors |= {f"{_MARKS}columns.{name}": value.clone() for name, value in fit.landmarks.columns.items()}
     text = json.dumps(_described(fit) | {"checksum": _checksum(tensors)}, allow_nan=False)
     _replace(path, to_bytes(tensors, metadata={_ENTRY: text}))
@@ -262,7 +263,7 @@ def load(
     if f"{_MARKS}loc" in tensors:
         start = f"{_MARKS}columns."
         columns = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
-        landmarks = Landmarks(tensors[f"{_MARKS}loc"], columns)
+        landmarks = Landmarks(tensors[f"{_MARKS}loc"], tensors[f"{_MARKS}log_total"], columns)
     return Fit(program.to(device), history, held["settings"], members, landmarks)
 
 

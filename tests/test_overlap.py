@@ -17,7 +17,7 @@ def two_normals(n=2000, apart=1.0, seed=0):
     code = draw.integers(2, size=n)
     loc = draw.normal(size=(n, 2))
     loc[:, 0] += apart * code
-    return Landmarks(torch.as_tensor(loc), {"condition": torch.as_tensor(code)})
+    return Landmarks(torch.as_tensor(loc), torch.zeros(n), {"condition": torch.as_tensor(code)})
 
 
 def test_the_overlap_is_the_ratio_of_densities():
@@ -38,7 +38,7 @@ def test_states_that_tell_a_level_have_an_area_above_one_half():
     for apart in (0.0, 1.0, 3.0):
         found = two_normals(apart=apart).auc("condition", 1)
         assert found == pytest.approx(stats.norm.cdf(apart / 2**0.5), abs=0.05)
-    alone = Landmarks(torch.zeros(10, 2), {"condition": torch.zeros(10, dtype=torch.int64)})
+    alone = Landmarks(torch.zeros(10, 2), torch.zeros(10), {"condition": torch.zeros(10, dtype=torch.int64)})
     assert np.isnan(alone.auc("condition", 0))
 
 
