@@ -210,15 +210,6 @@ class Effects:
             sd = np.sqrt(variance)
         return cls(mean, sd, draws, df)
 
-    def surer(self, other: Effects) -> Effects:
-        """Of each gene the one with the smaller sd; of an ensemble, and the other from draws."""
-        if self.df is None or other.df is not None:
-            raise TypeError("one law of an ensemble and one of draws")
-        first = self.sd <= other.sd
-        df = np.where(first, self.df, len(other.draws) - 1.0)
-        mean, sd = (np.where(first, a, b) for a, b in ((self.mean, other.mean), (self.sd, other.sd)))
-        return Effects(mean, sd, np.where(first, self.draws, other.draws), df)
-
     def quantiles(self, *at: float) -> list[np.ndarray]:
         """(G,) for each probability."""
         if self.df is None:
@@ -461,8 +452,8 @@ def _with_counts(
 
     As it is, log2 of counts seen over expected makes up for whatever the decoder gets wrong, and brings the noise of
     the counts. One fit has followed that noise without saying so, and does not know how wrong it is: it takes this.
-    Refits know, and may do better with few counts: there it is drawn towards 0 by the law that it has over genes. Each
-    gene takes what is surer.
+    Refits know, and may do better with few counts: there it is drawn towards 0 by the law that it has over genes. The
+    comparison takes what is surer of most genes; a choice gene by gene would take what is too sure.
     """
     (one, v1), (two, v2) = (totals.log_ratio(units, by) for units in groups)
     rest, noise = one - two, _scatter(lfc.shape, seed)  # (M, G), (S, G)
@@ -471,7 +462,8 @@ def _with_counts(
     if member is None:
         return as_it_is
     drawn = shrunk(rest.mean(0), sd)
-    return Effects.of(lfc + drawn.mean + drawn.sd * noise, member, abundance).surer(as_it_is)
+    by_refits = Effects.of(lfc + drawn.mean + drawn.sd * noise, member, abundance)
+    return by_refits if np.median(by_refits.sd) < np.median(as_it_is.sd) else as_it_is
 
 
 def _scatter(shape: tuple[int, ...], seed: int) -> np.ndarray:
@@ -770,3 +762,84 @@ def _of_each_cell(
     block = np.concatenate(rows).reshape(len(cells), -1)
     header = pd.MultiIndex.from_product([names, columns], names=["gene", None])
     return pd.DataFrame(block, index=cells.names, columns=header)
+
+
+# ---- as scanpy has it --------------------------------------------------------------------------
+
+
+def ranked(table: pd.DataFrame, genes: list[str]) -> dict[str, Any]:
+    """A table of effects as ``uns["rank_genes_groups"]`` of scanpy: arrays by group, genes in the table's order.
+
+    Raises
+    ------
+    ValueError
+        If this is no table of effects, or its genes are not those of the AnnData.
+    """
+    needed = {"lfc_mean", "log_odds", "probability", "expected_fdp", "group1", "group2", "detected1", "detected2"}
+    if not isinstance(table, pd.DataFrame) or needed - set(table.columns):
+        raise ValueError("effects must be a table from differential_expression(), with all of its columns")
+    strange = [g for g in table.index.unique() if g not in set(genes)]
+    if strange:
+        raise ValueError(f"effects: {len(strange):,} genes are not in adata ({listed(strange)})")
+    groups = [(name, part) for name, part in table.groupby("group1", sort=False)]
+    if len({len(part) for _, part in groups}) > 1 or any(not part.index.is_unique for _, part in groups):
+        raise ValueError("effects must have one row a gene in each group1")
+
+    def by_group(column: Any, kind: str) -> np.ndarray:
+        return np.rec.fromarrays([np.asarray(column(part), dtype=kind) for _, part in groups],
+                                 dtype=[(str(name), kind) for name, _ in groups])  # fmt: skip
+
+    second = {str(part["group2"].iloc[0]) for _, part in groups}
+    longest = max(len(str(g)) for g in table.index)
+    return {
+        "params": {
+            "groupby": str(table.attrs.get("groupby") or "groups"),
+            "reference": second.pop() if len(second) == 1 else "rest",
+            "method": f"pyrosc {table.attrs.get('estimand', 'population')}",
+            "use_raw": False, "layer": None, "corr_method": "expected false discovery proportion",
+        },
+        "names": by_group(lambda t: t.index.astype(str), f"<U{longest}"),
+        "scores": by_group(lambda t: t["lfc_mean"] / np.maximum(t["lfc_sd"], 1e-12), "f4"),
+        "logfoldchanges": by_group(lambda t: t["lfc_mean"], "f4"),
+        "pvals": by_group(lambda t: t["p_value"] if "p_value" in t else 1 - t["probability"], "f8"),
+        "pvals_adj": by_group(lambda t: t["expected_fdp"], "f8"),
+        "pts": pd.DataFrame({str(n): t["detected1"].reindex(genes) for n, t in groups}, index=genes),
+        "pts_rest": pd.DataFrame({str(n): t["detected2"].reindex(genes) for n, t in groups}, index=genes),
+    }  # fmt: skip
+
+
+# ---- how much a column explains ---------------------------------------------------------------
+
+
+def variance_explained(
+    fit: Fit, cells: Cells, column: str, levels: list[Any], n_draws: int, interval: float, pseudocount: float, seed: int
+) -> pd.DataFrame:
+    """See `Fit.variance_explained`."""
+    groups = [[cells.do(**{column: level})] for level in levels]
+    of_column: Any = 0.0
+    mean: Any = 0.0
+    square: Any = 0.0
+    n = 0
+    for worlds in fit._draws_of("rho", cells, groups, n_draws, seed, None, False):
+        total = torch.zeros_like(worlds[0], dtype=torch.float64)
+        square_total = torch.zeros_like(total)
+        for shares in worlds:
+            logs = torch.log2(shares.double() + pseudocount)
+            total, square_total = total + logs, square_total + logs**2
+        centre = total / len(levels)  # (S, n, G) of a cell over the levels
+        of_column = of_column + (square_total / len(levels) - centre**2).clamp(min=0).sum(1).cpu().numpy()
+        mean, square = mean + centre.sum(1).cpu().numpy(), square + (centre**2).sum(1).cpu().numpy()
+        n += centre.shape[1]
+    column_variance = of_column / n  # (S, G)
+    state_variance = np.maximum(square / n - (mean / n) ** 2, 0.0)
+    share = column_variance / np.maximum(column_variance + state_variance, 1e-300)
+    _, low, high = fit.spread(share, interval, least=0.0)
+    table = pd.DataFrame(
+        {
+            "share": share.mean(0), "lower": low, "upper": np.minimum(high, 1.0),
+            "sd_column": np.sqrt(column_variance.mean(0)), "sd_state": np.sqrt(state_variance.mean(0)),
+        },
+        index=pd.Index(fit.schema.genes, name="gene"),
+    )  # fmt: skip
+    table.attrs = {"column": column, "levels": list(levels), "uncertainty": fit._uncertainty()}
+    return table.sort_values("share", ascending=False)

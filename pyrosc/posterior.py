@@ -452,6 +452,66 @@ class Fit:
         table.attrs["overlap"] = overlap
         return table
 
+    def variance_explained(
+        self,
+        cells: Cells | anndata.AnnData,
+        column: str = "batch",
+        *,
+        n_draws: int = 25,
+        interval: float = 0.9,
+        pseudocount: float = 0.0,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """How much of each gene's variation a batch, or another column, explains in the decoder.
+
+        Every cell is decoded under every level. Of log2 shares, the variance over the levels of a cell, averaged over
+        cells, is the column's; the variance over cells of their means over levels is the state's.
+
+        Parameters
+        ----------
+        column : a categorical column of the fit, or the role "batch", "label" or "sample"
+        n_draws : S
+        interval : probability of the equal-tailed interval of the share
+        pseudocount : added to shares before the logarithm
+        seed : draws are random through it
+
+        Returns
+        -------
+        DataFrame
+            One row a gene, in order of "share": the column's part of the variance, 0 to 1, with "lower" and "upper";
+            "sd_column" and "sd_state" in log2.
+
+        Raises
+        ------
+        ValueError
+            If there is no such column, it is continuous, or it has one level.
+        ProgramError
+            If the story has no "rho" of each cell.
+
+        Notes
+        -----
+        Levels count alike, however many cells they have. Interactions of state and column are in the column's part.
+        """
+        from .effects import variance_explained
+
+        cells = self._ready(cells)
+        _check_numbers(interval=interval, pseudocount=pseudocount)
+        factor = self.schema.factor(column)
+        if factor is None:
+            known = list(self.schema.factors)
+            is_number = self.schema.covariate(column) is not None
+            what = "is continuous; its effect is asked by counterfactual()" if is_number else "is not one of this fit's"
+            raise ValueError(
+                f'column: "{column}" {what}. Categorical: {listed(known, 10) or "none"}.' + did_you_mean(column, known)
+            )
+        if len(factor) < 2:
+            raise ValueError(f'column: "{column}" has one level, so it explains nothing')
+        self._require_rho_of_cells(cells)
+        n_draws = _whole("n_draws", n_draws, max(2, len(self.members)))
+        return variance_explained(
+            self, cells, factor.column, list(factor.levels), n_draws, interval, pseudocount, seed
+        )  # fmt: skip
+
     def differential_expression(
         self,
         cells: Cells | anndata.AnnData,
@@ -500,7 +560,7 @@ class Fit:
             A decoder that was not told of the groups may average their difference away. So log2 of counts seen over
             counts expected is compared between the groups, and added ("lfc_residual"): as it is for a single fit,
             which does not know how wrong it is; for an ensemble as it is or drawn towards 0 by the law that it has over
-            genes, whichever is surer of the gene.
+            genes, whichever is surer of most genes.
         shrink : whether "population" judges a gene by what all genes do: variances of an ensemble are moderated, and
             "probability" is that of an effect from the law that the genes follow (a mixture of normals around 0).
             Without it each effect has a flat prior of its own, and calls have more false ones than they say.
@@ -561,11 +621,13 @@ class Fit:
             raise ValueError(f"importance must be 0 or at least {max(100, n_draws)} draws, not {importance}")
         pairs = comparisons(cells, groupby, group1, group2)
         self._require_rho_of_cells(cells)
-        return differential_expression(
+        table = differential_expression(
             self, cells, pairs, estimand=estimand, delta=delta, pseudocount=pseudocount, fdr=fdr, n_draws=n_draws,
             interval=interval, resample=resample, residual=residual, shrink=shrink, batches=batches, donor=donor,
             importance=importance, seed=seed,
         )  # fmt: skip
+        table.attrs["groupby"] = groupby
+        return table
 
     def draws(
         self,
@@ -663,6 +725,43 @@ class Fit:
 
         return by_block(program, [cells], n_draws * 2 * program.n_combinations, seed, ask)
 
+    def to_arviz(
+        self,
+        cells: Cells | anndata.AnnData,
+        n_draws: int = 100,
+        sites: Sequence[str] | None = None,
+        *,
+        seed: int = 0,
+    ) -> Any:
+        """Draws of these cells as ArviZ holds them, with names of cells and genes.
+
+        Parameters
+        ----------
+        n_draws : S, of each refit of an ensemble, which are the chains; one chain for a single fit
+        sites : of the posterior; None for those the guide draws ("rho" is large: name it to have it)
+
+        Returns
+        -------
+        xarray.DataTree
+            Groups "posterior" (chain, draw, cell, ...), "posterior_predictive" and "observed_data" with counts "x"
+            (cell, gene), and "log_likelihood" of each cell's counts given the draw, (chain, draw, cell).
+
+        Raises
+        ------
+        ImportError
+            Without ``arviz-base``: pip install "pyrosc[arviz]".
+        ValueError
+            If a site is unknown or the draws would not fit into memory.
+
+        Notes
+        -----
+        Draws are of the guide, not of a Markov chain: they are independent, and R-hat over the members of an ensemble
+        says how far refits differ.
+        """
+        from .prediction import to_arviz
+
+        return to_arviz(self, self._ready(cells), _whole("n_draws", n_draws, 1), sites, seed)
+
     def predictive(self, n_draws: int, return_sites: Sequence[str] | None = None) -> Predictive:
         """Pyro's own Predictive: latent sites from the guide, counts drawn anew.
 
@@ -715,21 +814,34 @@ class Fit:
         save(self, path, overwrite=overwrite)
 
     def write(
-        self, adata: anndata.AnnData, cells: Cells | None = None, key: str = "X_pyrosc", *, overwrite: bool = False
+        self,
+        adata: anndata.AnnData,
+        cells: Cells | None = None,
+        key: str | None = None,
+        *,
+        effects: pd.DataFrame | None = None,
+        overwrite: bool = False,
     ) -> list[str]:
         """Put the latent state where scanpy looks: ``obsm[key]``, its sd, and where it came from.
+
+        With ``effects`` it is that table that is put there, as scanpy's ``rank_genes_groups`` lays it out, so that
+        scanpy's plots and ``sc.get.rank_genes_groups_df`` show it.
 
         Parameters
         ----------
         cells : the cells to encode; None encodes ``adata`` itself
             Joined to ``adata`` by name; cells of ``adata`` that are not among them get NaN.
+        key : None for "X_pyrosc", and "rank_genes_groups" for a table of effects
+        effects : from `differential_expression`
+            "scores" are lfc_mean / lfc_sd, "pvals" 1 - probability (for "donor" the p-value), "pvals_adj"
+            the expected share of false calls down to the gene.
         overwrite : whether keys that are there may be replaced
 
         Returns
         -------
         list of str
             What was written: ``obsm[key]`` (N, K) means, ``obsm[key + "_sd"]`` (N, K), ``uns[key]`` a dict
-            of numbers and text.
+            of numbers and text; with ``effects``, ``uns[key]`` alone.
 
         Raises
         ------
@@ -744,8 +856,17 @@ class Fit:
                 f"adata is {kind}; write to an object in memory: "
                 f"adata = adata.{'copy' if adata.is_view else 'to_memory'}()"
             )
-        if not key or "/" in key:
+        if key is None:
+            key = "X_pyrosc" if effects is None else "rank_genes_groups"
+        if not isinstance(key, str) or not key or "/" in key:
             raise ValueError(f'key must be a name without "/", not {key!r}')
+        if effects is not None:
+            from .effects import ranked
+
+            if key in adata.uns and not overwrite:
+                raise ValueError(f'uns["{key}"] is there already: pass overwrite=True, or another key=')
+            adata.uns[key] = ranked(effects, list(adata.var_names.astype(str)))
+            return [f'uns["{key}"]']
         places = [("obsm", key), ("obsm", f"{key}_sd"), ("uns", key)]
         taken = [f'{where}["{name}"]' for where, name in places if name in getattr(adata, where)]
         if taken and not overwrite:

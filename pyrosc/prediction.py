@@ -8,7 +8,7 @@ distribution.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import anndata
@@ -22,6 +22,8 @@ from torch import Tensor
 from .cells import Cells
 from .counts import require_memory
 from .distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
+from .draws import draw_guide, sites_of
+from .elbo import in_cells
 from .errors import ProgramError
 from .posterior import Fit
 
@@ -251,3 +253,54 @@ def technical_zeros(
     for (values,) in fit._runs(cells, [[cells]], n_draws, seed, ask):
         found.append(values.mean(0).cpu().numpy())
     return pd.DataFrame(np.concatenate(found), index=cells.names, columns=names)
+
+
+# ---- for ArviZ --------------------------------------------------------------------------------
+
+
+def to_arviz(fit: Fit, cells: Cells, n_draws: int, sites: Sequence[str] | None, seed: int) -> Any:
+    """See `Fit.to_arviz`."""
+    try:
+        from arviz_base import from_dict
+    except ImportError as error:
+        raise ImportError('to_arviz needs arviz-base: pip install "pyrosc[arviz]"') from error
+    if sites is None:
+        with fit.program.driven(0), torch.no_grad():
+            guide = draw_guide(fit.program, cells.rows(torch.arange(1, device=cells.device), whole=True))
+        drawn = {n for n in sites_of(guide) if not guide.nodes[n]["is_observed"]}
+        sites = [*(n for n in sites_of(guide) if n in drawn), *(n for n in fit.program.enumerated if n not in drawn)]
+    chains = [Fit(program, fit.history, fit.settings) for program in fit.members or (fit.program,)]
+    posterior: dict[str, np.ndarray] = {}
+    dims: dict[str, list[str]] = {"x": ["cell", "gene"]}
+    for name in sites:
+        posterior[name] = np.stack([chain.draws(name, cells, n_draws, seed=seed) for chain in chains])
+        shape = posterior[name].shape[2:]
+        is_cells = bool(shape) and shape[0] == len(cells) and _is_of_cells(fit, name)
+        rest = shape[1:] if is_cells else shape
+        of_genes = [("gene" if n == cells.n_genes else f"{name}_dim") for n in rest]
+        dims[name] = ["cell"] * is_cells + [d if of_genes.count(d) == 1 else f"{d}_{i}" for i, d in enumerate(of_genes)]
+
+    def ask(block: Cells, trace: poutine.Trace, n: int | None) -> Tensor:
+        site: Any = trace.nodes["x"]
+        return site["fn"].log_prob(site["value"]).reshape(n or 1, len(block))
+
+    likelihood = [
+        torch.cat([d.cpu() for (d,) in chain._runs(cells, [[cells]], n_draws, seed, ask)], 1) for chain in chains
+    ]
+    x: Any = cells.x
+    held = {
+        "posterior": posterior,
+        "posterior_predictive": {"x": np.stack([chain.predict(cells, n_draws, seed=seed) for chain in chains])},
+        "log_likelihood": {"x": torch.stack(likelihood).numpy()},
+        "observed_data": {"x": x.cpu().numpy()},
+    }
+    coords = {"cell": list(cells.names), "gene": list(cells.schema.genes)}
+    tree = from_dict(held, coords=coords, dims=dims)
+    tree.attrs |= {"inference_library": "pyrosc", "story": fit.program.story}
+    return tree
+
+
+def _is_of_cells(fit: Fit, name: str) -> bool:
+    with fit.program.driven(0), torch.no_grad():
+        trace = poutine.trace(fit.program.model).get_trace(fit.program.blank(2))
+    return in_cells(trace.nodes[name])

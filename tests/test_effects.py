@@ -685,3 +685,90 @@ def test_intervals_of_an_ensemble_cover_the_truth_where_those_of_one_fit_do_not(
     # 900 genes in three pairs of one fit: they err together, so that the band is that of the promise.
     assert 0.83 <= np.mean(covered["ensemble"]) <= 0.96
     assert np.mean(covered["single"]) < 0.5
+
+
+# ---- how much a column explains ----------------------------------------------------------------
+
+
+def test_the_variance_that_a_column_explains_is_that_of_its_worlds(fit, cells):
+    some = cells[:30]
+    table = fit.variance_explained(some, "batch", n_draws=3, seed=2)
+
+    levels = list(cells.schema.batch.levels)
+    logs = np.log2([fit.draws("rho", some, 3, do={"batch": level}, seed=2) for level in levels])  # (L, S, N, G)
+    of_batch = logs.var(0).mean(1)  # (S, G)
+    of_state = logs.mean(0).var(1)
+    share = (of_batch / (of_batch + of_state)).mean(0)
+    table = table.loc[list(cells.schema.genes)]
+    np.testing.assert_allclose(table["share"], share, atol=1e-3)
+    np.testing.assert_allclose(table["sd_column"], np.sqrt(of_batch.mean(0)), rtol=1e-2, atol=1e-4)
+    np.testing.assert_allclose(table["sd_state"], np.sqrt(of_state.mean(0)), rtol=1e-2, atol=1e-3)
+    assert ((table["lower"] <= table["share"]) & (table["share"] <= table["upper"])).all()
+
+
+def test_a_batch_that_shifts_some_genes_explains_those():
+    data = pyrosc.simulate.tissue(400, 60, n_types=3, n_batches=2, depth=900, n_markers=20, effect=1.0, seed=5)
+    draw = np.random.default_rng(0)
+    x = np.asarray(data.X.todense()).astype(int)
+    second = (data.obs["batch"] == "batch1").to_numpy()
+    x[np.ix_(second, np.arange(10))] = draw.binomial(x[np.ix_(second, np.arange(10))], 0.1)
+    data.X = x.astype(np.float32)
+    cells = Cells.from_anndata(data, batch="batch", label="cell_type")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PyroscWarning)
+        fit = pyrosc.fit(pyrosc.scvi(cells, n_latent=4), cells, progress=False)
+
+    table = fit.variance_explained(cells)
+
+    # Half of a log2 fold change of 3.3 is the sd over two levels.
+    few = table.loc[[f"gene{i}" for i in range(10)]]
+    rest = table.drop(few.index)
+    assert few["sd_column"].median() == pytest.approx(np.log2(10) / 2, rel=0.35)
+    assert few["share"].median() > 2 * rest["share"].median()
+
+
+def test_a_column_that_cannot_explain_is_refused(fit, cells):
+    with pytest.raises(
+        ValueError, match='column: "donor" is not one of this fit\'s. Categorical: "batch", "cell_type"'
+    ):
+        fit.variance_explained(cells, "donor")
+
+
+# ---- as scanpy has it --------------------------------------------------------------------------
+
+
+def test_a_table_of_effects_is_laid_out_for_scanpy(fit, cells, tissue):
+    scanpy = pytest.importorskip("scanpy")
+    data = tissue[:160].copy()
+    table = fit.differential_expression(cells, "cell_type", n_draws=20)
+
+    written = fit.write(data, effects=table)
+
+    assert written == ['uns["rank_genes_groups"]']
+    assert "X_pyrosc" not in data.obsm
+    frame = scanpy.get.rank_genes_groups_df(data, "type1")
+    mine = table[table["group1"] == "type1"]
+    assert list(frame["names"]) == list(mine.index)
+    np.testing.assert_allclose(frame["logfoldchanges"], mine["lfc_mean"], rtol=1e-5)
+    np.testing.assert_allclose(frame["pvals_adj"], mine["expected_fdp"])
+    np.testing.assert_allclose(frame["pct_nz_group"], mine["detected1"])
+    assert data.uns["rank_genes_groups"]["params"]["groupby"] == "cell_type"
+    assert data.uns["rank_genes_groups"]["params"]["reference"] == "rest"
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    scanpy.pl.rank_genes_groups(data, show=False)
+    scanpy.pl.rank_genes_groups_dotplot(data, n_genes=2, show=False)
+
+
+def test_write_refuses_what_is_no_table_of_effects(fit, cells, tissue):
+    data = tissue[:160].copy()
+    with pytest.raises(ValueError, match="effects must be a table from differential_expression"):
+        fit.write(data, effects=pd.DataFrame({"lfc_mean": [1.0]}))
+    table = fit.differential_expression(cells, "cell_type", "type0", n_draws=20)
+    with pytest.raises(ValueError, match="effects: 20 genes are not in adata"):
+        fit.write(data[:, 20:].copy(), effects=table)
+    fit.write(data, effects=table)
+    with pytest.raises(ValueError, match=r'uns\["rank_genes_groups"\] is there already'):
+        fit.write(data, effects=table)
+    assert fit.write(data, effects=table, key="mine") == ['uns["mine"]']

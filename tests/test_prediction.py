@@ -262,3 +262,60 @@ def test_a_dispersion_with_a_prior_has_an_interval(fitted):
 
     assert (table["dispersion_lower"] < table["dispersion_upper"]).all()
     np.testing.assert_allclose(table["dispersion"], drawn.mean(0), rtol=0.25)
+
+
+# ---- for ArviZ ---------------------------------------------------------------------------------
+
+
+def test_draws_go_to_arviz_with_their_names(fitted):
+    fit, cells = fitted
+    some = cells[:12]
+    both = pyrosc.Fit(fit.program, fit.history, fit.settings, [fit.program, fit.program.copy()])
+    tree = both.to_arviz(some, 8, seed=5)
+
+    assert set(tree.children) >= {"posterior", "posterior_predictive", "observed_data", "log_likelihood"}
+    z = tree["posterior"]["z"]
+    assert z.dims == ("chain", "draw", "cell", "z_dim")
+    assert z.shape == (2, 8, 12, 3)
+    assert list(z.coords["cell"].values) == list(some.names)
+    np.testing.assert_array_equal(z.values[0], fit.draws("z", some, 8, seed=5))
+    x = tree["posterior_predictive"]["x"]
+    assert x.dims == ("chain", "draw", "cell", "gene")
+    assert list(x.coords["gene"].values) == list(cells.schema.genes)
+    np.testing.assert_array_equal(tree["observed_data"]["x"].values, some.x.numpy())
+    # log p(x | z) of the first draw, by the story along that z.
+    import pyro
+    from pyro import poutine
+
+    with fit.program.driven(0), torch.no_grad():
+        held = pyro.condition(fit.program.model, data={"z": torch.as_tensor(z.values[0, 0])})
+        site = poutine.trace(held).get_trace(some).nodes["x"]
+    np.testing.assert_allclose(
+        tree["log_likelihood"]["x"].values[0, 0], site["fn"].log_prob(site["value"]).numpy(), rtol=1e-4
+    )
+    shares = fit.to_arviz(some, 3, ["rho"])["posterior"]["rho"]
+    assert shares.dims == ("chain", "draw", "cell", "gene")
+    assert shares.sum("gene").values == pytest.approx(1, abs=1e-4)
+    with pytest.raises(ValueError, match='no site "depth"'):
+        fit.to_arviz(some, 3, ["depth"])
+
+
+def test_global_sites_go_to_arviz_by_gene(fitted):
+    _, cells = fitted
+    part = pyrosc.GeneDispersion(pyrosc.Prior(dist.LogNormal, 0.0, 1.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PyroscWarning)
+        fit = pyrosc.fit(pyrosc.scvi(cells, dispersion=part, n_hidden=16), cells, epochs=1, progress=False)
+
+    posterior = fit.to_arviz(cells[:5], 6)["posterior"]
+    assert posterior["dispersion"].dims == ("chain", "draw", "gene")
+    assert posterior["z"].dims == ("chain", "draw", "cell", "z_dim")
+
+
+def test_without_arviz_it_says_what_to_install(fitted, monkeypatch):
+    import sys
+
+    fit, cells = fitted
+    monkeypatch.setitem(sys.modules, "arviz_base", None)
+    with pytest.raises(ImportError, match=r'pip install "pyrosc\[arviz\]"'):
+        fit.to_arviz(cells[:3], 2)
