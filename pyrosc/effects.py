@@ -133,8 +133,8 @@ class Totals:
             site: Any = trace.nodes["x"]
             law = site["fn"]
             x: Any = block.x
-            both = torch.cat([law.mean, law.variance], -1).reshape(-1, len(block), 2 * n_genes)
-            return torch.cat([both, x.expand(len(both), *x.shape)], -1)
+            found = [t.expand(n or 1, len(block), n_genes).mean(0) for t in (law.mean, law.variance)]
+            return torch.cat([*found, x], -1).unsqueeze(0)
 
         programs = fit.members or (fit.program,)
         n_draws = max(2, 10 // len(programs))
