@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from pyro import poutine
 from torch import Tensor
 
 from .cells import Cells
-from .counts import require_memory
+from .counts import logger, require_memory
 from .elbo import Enumerated, draws_plate, follow, in_cells, of_cells, weighed
 from .errors import ProgramError
 from .guides import is_computed
@@ -23,6 +24,8 @@ from .isolation import checked_seed
 from .loading import blocks
 from .program import Program
 from .psis import k_threshold, smoothed
+
+_LONG = 20.0  # seconds ahead that are worth a line in the log
 
 
 def sites_of(trace: poutine.Trace) -> list[str]:
@@ -265,9 +268,17 @@ def by_block(
 
     def answers() -> Iterator[Any]:
         for i, block in enumerate(zip(*(blocks(cells, per_cell) for cells in together))):
+            began = time.perf_counter()
             mixed = seed if i == 0 else int(np.random.SeedSequence([seed, i]).generate_state(1)[0])
             with program.driven(mixed), torch.no_grad():
                 answer = ask(*block)
+            left = (time.perf_counter() - began) * (len(cells) / len(block[0]) - 1)
+            if i == 0 and left > _LONG:
+                held = 4 * wide * per_cell * cells.n_genes * len(block[0]) / 1e9
+                logger.info(
+                    "%s cells in blocks of %s: about %.0f s and %.1f GB at a time",
+                    f"{len(cells):,}", f"{len(block[0]):,}", left, held,
+                )  # fmt: skip
             yield answer
 
     return answers()

@@ -25,7 +25,7 @@ from scipy import stats
 from torch import Tensor
 
 from .cells import Cells
-from .check.compare import dropped
+from .check.compare import dropped, require_thinned_alike
 from .errors import ProgramError
 from .posterior import Fit
 
@@ -36,6 +36,8 @@ _ALIKE = 50
 def outliers(fit: Fit, cells: Cells, fraction: float, fdr: float, n_draws: int, seed: int) -> pd.DataFrame:
     """See `Fit.outliers`; cells as measured."""
     kept, rest = cells.thin(fraction, seed=seed)
+    if fit.settings.get("kept", 1.0) < 1:
+        require_thinned_alike(fit, kept, seed)
     score, predictive = _surprise(fit, fit._ready(kept), rest, fraction, n_draws, seed)
     centre = np.median(score)
     scale = 1.4826 * np.median(np.abs(score - centre))

@@ -95,3 +95,17 @@ def test_a_story_that_indexes_a_global_by_cell_is_run_draw_by_draw(cells, pick):
     same = cells.batch[:9].numpy() == int(cells.batch[0])
     assert np.ptp(drawn[:, :9][:, same], axis=1).max() < 1e-6
     assert np.ptp(drawn, axis=0).max() > 0.01
+
+
+def test_a_long_call_says_how_long_and_how_much(tissue, monkeypatch, caplog):
+    from pyrosc import draws, loading
+
+    cells = pyrosc.Cells.from_anndata(tissue[:50])
+    program = pyrosc.scvi(cells, n_latent=2, n_hidden=8).eval()
+    monkeypatch.setattr(loading, "_BLOCK_VALUES", 60 * 10 * 5)  # blocks of few cells
+    monkeypatch.setattr(draws, "_LONG", 0.0)
+    with caplog.at_level("INFO", logger="pyrosc"):
+        list(draws.by_draws(program, cells, [[cells]], 5, 0, lambda block, trace, n: trace.nodes["rho"]["value"]))
+
+    assert "50 cells in blocks of 5: about" in caplog.text
+    assert caplog.text.count("at a time") == 1

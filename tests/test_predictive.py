@@ -149,3 +149,13 @@ def test_pictures_of_checks_and_effects(fitted):
     ax = pyrosc.plot.volcano(effects)
     assert "type0 over rest" in ax.get_xlabel()
     assert pyrosc.plot.volcano(effects, ax) is ax
+
+
+def test_cells_of_the_fit_that_are_thinned_otherwise_are_refused(cells, thinned):
+    fit = thinned["NB"]
+    with pytest.raises(ValueError, match="thinned otherwise: with seed=0 .*Pass the seed= of cells.thin"):
+        pyrosc.check.posterior_predictive(fit, cells, ["mean"], n_draws=20)
+    with pytest.raises(ValueError, match="thinned otherwise"):
+        fit.outliers(cells)
+    table = pyrosc.check.posterior_predictive(fit, cells, ["mean"], n_draws=20, seed=3)
+    assert table.attrs["counts"] == "dropped by thinning"

@@ -147,6 +147,25 @@ def thinned_log_likelihood(fit: Fit, cells: Cells | anndata.AnnData, n_draws: in
     return torch.cat([d.logsumexp(0) - np.log(len(d)) for (d,) in draws]).double().cpu().numpy()
 
 
+def require_thinned_alike(fit: Fit, kept: Cells, seed: int) -> None:
+    """Thinned cells of a fit are those that it was trained on: else counts that it has seen would be predicted.
+
+    Raises
+    ------
+    ValueError
+        If they have the names of the training cells and other counts.
+    """
+    then = fit.settings.get("fingerprint") or {}
+    if then.get("cells") != len(kept):
+        return
+    now = kept.fingerprint()
+    if now["names"] == then["names"] and now["counts"] != then["counts"]:
+        raise ValueError(
+            f"these are the cells of the fit, thinned otherwise: with seed={seed} a part of what is to be predicted "
+            "would be counts that it was trained on. Pass the seed= of cells.thin, or cells that it has not seen"
+        )
+
+
 def dropped(fit: Fit, trace: poutine.Trace, fraction: float) -> Any:
     """Law of the counts that thinning dropped, given those of a run that it kept.
 

@@ -28,7 +28,7 @@ from ..draws import by_draws
 from ..posterior import Fit, _whole
 from ..program import Program
 from ..schema import did_you_mean, listed
-from .compare import dropped
+from .compare import dropped, require_thinned_alike
 
 Statistic = Callable[[np.ndarray], Any]
 
@@ -96,7 +96,8 @@ def posterior_predictive(
     Raises
     ------
     ValueError
-        If a statistic is unknown or answers another shape, or a replicate would not fit into memory.
+        If a statistic is unknown or answers another shape, a replicate would not fit into memory, or these are the
+        cells of the fit and another ``seed`` thins them otherwise than they were.
     """
     n_draws = _whole("n_draws", n_draws, 20)
     fraction = fit.settings.get("kept", 1.0)
@@ -105,6 +106,7 @@ def posterior_predictive(
         if given.kept != 1:
             raise ValueError("these cells are thinned already; pass them as they were measured")
         kept, rest = given.thin(fraction, seed=seed)
+        require_thinned_alike(fit, kept, seed)
         ready = fit._ready(kept)
         replicates, observed = _dropped(fit, ready, rest, fraction, n_draws, seed), rest
     else:
