@@ -734,7 +734,13 @@ class Cells:
                 found = torch.tensor([known[v] for v in levels], dtype=torch.int64, device=self.device)
                 codes[factor.column], column = found, factor.column
             elif covariate is not None:
-                number = (np.asarray(levels, dtype=float) - covariate.mean) / covariate.sd
+                try:
+                    given = np.asarray(levels, dtype=float)
+                except (TypeError, ValueError):
+                    given = np.array([np.nan])
+                if not np.isfinite(given).all():
+                    raise ValueError(f'do: "{name}" is continuous and takes numbers, not {level!r}')
+                number = (given - covariate.mean) / covariate.sd
                 values[name], column = torch.tensor(number, dtype=self.library.dtype, device=self.device), name
             else:
                 known_names = [*self.schema.factors, *(c.column for c in self.schema.continuous)]

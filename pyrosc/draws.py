@@ -240,7 +240,7 @@ def resampled(program: Program, block: Cells, n_draws: int, importance: Importan
     guide = draw_guide(program, block, proposals)
     weights, k = smoothed(log_weight(program, guide, block, proposals).cpu())
     importance.n_cells += len(block)
-    importance.n_unweighted += int((k > k_threshold(proposals)).sum())
+    importance.n_unweighted += int((~(k <= k_threshold(proposals))).sum())
     taken = torch.multinomial(weights.exp().T, n_draws, replacement=True).T  # (S, n)
     plain = torch.arange(n_draws).unsqueeze(-1).expand_as(taken)
     taken = torch.where(k <= k_threshold(proposals), taken, plain).to(block.device)

@@ -153,15 +153,22 @@ class Totals:
         Of the counts' laws; or, where donors ``by`` (U,) scatter more, of donors (Cochran 1977, Sampling Techniques,
         section 6.4, the ratio estimator).
         """
-        y, mean = self.seen[units], self.expected[:, units]
-        total, expected = y.sum(0) + 0.5, mean.sum(1) + 0.5
-        variance = self.variance[units].sum(0)
+        y, mean, scatter = self.seen[units], self.expected[:, units], self.variance[units]
         if by is not None and len(np.unique(by[units])) > 1:
+            # Donors count alike, as in what is decoded: counts are taken per expected total of the donor.
             _, of_donor = np.unique(by[units], return_inverse=True)
+            depth = np.bincount(of_donor, mean.mean(0).sum(-1))
+            weight = (depth.mean() / depth)[of_donor][:, None]
+            y, mean, scatter = y * weight, mean * weight, scatter * weight**2
+        total, expected = y.sum(0) + 0.5, mean.sum(1) + 0.5
+        variance = scatter.sum(0)
+        if by is not None and len(np.unique(by[units])) > 1:
             rest = np.zeros((of_donor.max() + 1, y.shape[1]))
             np.add.at(rest, of_donor, y - total / expected.mean(0) * mean.mean(0))
             variance = np.maximum(variance, (rest**2).sum(0) * len(rest) / (len(rest) - 1))
-        return np.log2(total / expected), variance / (expected.mean(0) * np.log(2)) ** 2
+        # A count with that mean and variance is about a gamma variable, whose log has variance trigamma(shape).
+        shape = expected.mean(0) ** 2 / np.maximum(variance, 1e-12)
+        return np.log2(total / expected), special.polygamma(1, shape) / np.log(2) ** 2
 
 
 # ---- what is said of an effect ----------------------------------------------------------------
@@ -349,6 +356,8 @@ def _levels(value: np.ndarray, group: Any, levels: list[str], name: str) -> np.n
     if isinstance(group, (np.ndarray, pd.Series)) and np.asarray(group).dtype == bool:
         raise ValueError(f"{name} is a mask; masks go without groupby")
     wanted = [group] if isinstance(group, str) or np.ndim(group) == 0 else list(group)
+    if wanted == ["rest"] and "rest" not in levels:
+        raise ValueError(f'{name}: "rest" is no level; leave group2 out for the rest')
     for level in wanted:
         if str(level) not in levels:
             raise ValueError(
@@ -358,6 +367,12 @@ def _levels(value: np.ndarray, group: Any, levels: list[str], name: str) -> np.n
 
 
 def _mask(cells: Cells, group: Any, name: str) -> np.ndarray:
+    if group is None:
+        raise ValueError('name a column to group by, groupby="cell_type", or give group1= a mask of cells')
+    if isinstance(group, pd.Series) and not group.index.equals(cells.names):
+        if not group.index.is_unique or set(group.index) != set(cells.names):
+            raise ValueError(f"{name} is a Series whose index is not the names of these cells; pass an array, in order")
+        group = group.loc[cells.names]
     mask = np.asarray(group)
     if mask.dtype != bool or mask.shape != (len(cells),):
         raise ValueError(
@@ -373,7 +388,7 @@ def _mask(cells: Cells, group: Any, name: str) -> np.ndarray:
 def differential_expression(
     fit: Fit, cells: Cells, pairs: list[Comparison], *, estimand: str, delta: float | None, pseudocount: float | None,
     fdr: float, n_draws: int, interval: float, resample: bool, residual: bool, shrink: bool, batches: str,
-    donor: str | None, importance: int, seed: int,
+    donor: str | None, design: Sequence[str], importance: int, seed: int,
 ) -> pd.DataFrame:  # fmt: skip
     """See `Fit.differential_expression`."""
     asked = np.any([mask for pair in pairs for mask in pair.masks], axis=0)
@@ -386,53 +401,70 @@ def differential_expression(
             'estimand="donor" needs to know donors: name a column, donor=..., or read cells with sample=...'
         )
     weighed = _weighed(fit, cells, importance, seed) if importance else None
-    worlds, levels = _shared_worlds(fit, cells, pairs, batches if estimand != "donor" else "own")
+    keys = _shared_levels(fit, cells, pairs, batches if estimand != "donor" else "own")
+    worlds = _worlds(fit, cells, keys)
     tables = []
     if estimand == "cell":
-        for i, pair in enumerate(pairs):
-            lfcs, means, e = _cell_pairs(fit, cells, pair, worlds, pseudocount, seed + i, weighed)
+        for i, (pair, own) in enumerate(zip(pairs, keys)):
+            some = [worlds[key] for key in own]
+            lfcs, means, e = _cell_pairs(fit, cells, pair, some, pseudocount, seed + i, weighed)
             found = Effects.of(lfcs, None)
-            tables.append(_table(fit, cells, pair, found, means, delta, fdr, interval, e, worlds, False, seed + i))
+            tables.append(_table(
+                fit, cells, pair, found, found, means, delta, fdr, interval, e, some, False, seed + i
+            ))  # fmt: skip
     else:
+        is_population = estimand == "population"
         unit, inside, by = _units(pairs, donors)
+        per_world = _draws_of_worlds(n_draws, keys, max(len(fit.members), 1))
         require_memory(
-            8 * n_draws * len(by) * cells.n_genes * (1 + (len(worlds) > 1)), "sums over the cells of every group",
+            8 * sum(per_world.values()) * len(by) * cells.n_genes, "sums over the cells of every group",
             "Ask for fewer draws or groups.",
         )  # fmt: skip
         draw = torch.Generator().manual_seed(seed)
-        parts, per_world = [], _shares_of(n_draws, len(worlds), len(fit.members))
-        member = np.concatenate([fit.member_of(n) for n in per_world]) if fit.members else None
-        exponential = resample and estimand == "population"
-        of_donor: Tensor | None = None
-        if exponential and donors is not None:
-            of_donor = torch.empty(n_draws, int(donors.max()) + 1).exponential_(generator=draw).double()
-        for k, (world, n) in enumerate(zip(worlds, per_world)):
-            weights = torch.empty(n, len(cells)).exponential_(generator=draw) if exponential else None
-            (sums,) = sum_over_cells(fit, cells, [[world]], unit, weights, n, seed + k, None, len(worlds) > 1, weighed)
-            parts.append(sums)
-        sums = Sums(torch.cat([p.shares for p in parts]), torch.cat([p.weights for p in parts]))
-        totals = Totals.of(fit, cells, unit, seed) if residual and estimand == "population" else None
-        for k, pair in enumerate(pairs):
-            both = [inside[:, 2 * k], inside[:, 2 * k + 1]]
+        parts: dict[Any, Sums] = {}
+        of_donors: dict[Any, Tensor] = {}
+        for k, (key, n) in enumerate(per_world.items()):
+            weights = torch.empty(n, len(cells)).exponential_(generator=draw) if resample and is_population else None
+            if weights is not None and donors is not None:
+                of_donors[key] = torch.empty(n, int(donors.max()) + 1).exponential_(generator=draw).double()
+            changed = len(per_world) > 1
+            (parts[key],) = sum_over_cells(
+                fit, cells, [[worlds[key]]], unit, weights, n, seed + k, None, changed, weighed
+            )  # fmt: skip
+        totals = Totals.of(fit, cells, unit, seed) if residual else None
+        for k, (pair, own) in enumerate(zip(pairs, keys)):
+            sums = Sums(torch.cat([parts[key].shares for key in own]), torch.cat([parts[key].weights for key in own]))
+            both, some = [inside[:, 2 * k], inside[:, 2 * k + 1]], [worlds[key] for key in own]
             if estimand == "donor":
-                tables.append(_by_donor(fit, cells, pair, sums, both, by, donors, delta, pseudocount, fdr, interval))
+                tables.append(_by_donor(
+                    fit, cells, pair, sums, both, by, donors, delta, pseudocount, fdr, interval, design, totals, some,
+                    seed,
+                ))  # fmt: skip
                 continue
+            of_donor = torch.cat([of_donors[key] for key in own]) if of_donors else None
             means = [sums.mean(units, by, of_donor) for units in both]
             counts = [_counts_of(cells, mask)[0] for mask in pair.masks]
             e = pseudocount_of(counts, means) if pseudocount is None else pseudocount
-            lfc = log2_ratio(means[0], means[1], e)
+            sizes = [per_world[key] for key in own]
+            lfc = _about_their_mean(log2_ratio(means[0], means[1], e), sizes)
+            member = np.concatenate([fit.member_of(n) for n in sizes]) if fit.members else None
             abundance = (means[0] + means[1]).mean(0).numpy() if shrink else None
-            if totals is None:
-                found = Effects.of(lfc, member, abundance)
-            else:
-                found = _with_counts(lfc, totals, both, None if donors is None else by, member, abundance, seed)
-            tables.append(_table(fit, cells, pair, found, means, delta, fdr, interval, e, worlds, shrink, seed + k))
+            found = decoded = Effects.of(lfc, member, abundance)
+            if totals is not None:
+                known = by if donors is not None and resample else None
+                found = _with_counts(lfc, totals, both, known, member, abundance, seed)
+            tables.append(_table(
+                fit, cells, pair, found, decoded, means, delta, fdr, interval, e, some, shrink, seed + k
+            ))  # fmt: skip
             if totals is not None:
                 more = pd.Series(found.mean - lfc.mean(0), index=list(fit.schema.genes))
                 tables[-1].insert(5 + shrink, "lfc_residual", more)
+        _say_confounded(fit, pairs, donors, estimand)
     table = pd.concat(tables)
-    is_population = estimand == "population"
-    by_draws = fit._uncertainty(cells=resample and is_population, counts=residual and is_population)
+    of_population = estimand == "population"
+    by_draws = fit._uncertainty(cells=resample and of_population, counts=residual and of_population)
+    named = {pair.names[0]: list(own) if own != [None] else "own" for pair, own in zip(pairs, keys)}
+    levels = next(iter(named.values())) if len({str(v) for v in named.values()}) == 1 else named
     table.attrs = dict(tables[0].attrs) | {
         "estimand": estimand, "fdr": fdr, "batches": levels,
         "uncertainty": "donors" if estimand == "donor" else by_draws,
@@ -458,7 +490,7 @@ def _with_counts(
     (one, v1), (two, v2) = (totals.log_ratio(units, by) for units in groups)
     rest, noise = one - two, _scatter(lfc.shape, seed)  # (M, G), (S, G)
     sd = np.sqrt(v1 + v2)
-    as_it_is = Effects.of(lfc + (rest if member is None else rest[member]) + sd * noise, None)
+    as_it_is = Effects.of(lfc + (rest if member is None else rest[member]) + sd * noise, member, abundance)
     if member is None:
         return as_it_is
     drawn = shrunk(rest.mean(0), sd)
@@ -500,10 +532,9 @@ def _counted(cells: Cells, proposals: int, weighed: Importance | None) -> dict[s
 def _donors(cells: Cells, column: str | None) -> np.ndarray | None:
     """(N,) code of each cell's donor; None where they are not known."""
     if column is None:
-        if cells.schema.sample is None:
+        if cells.schema.sample is None or cells.schema.sample.column not in cells.obs.columns:
             return None
-        code = cells.codes[cells.schema.sample.column].cpu().numpy()
-        return None if (code < 0).any() else code
+        column = cells.schema.sample.column
     if column not in cells.obs.columns:
         raise ValueError(f'donor: there is no column "{column}".' + did_you_mean(column, cells.obs.columns))
     missing = cells.obs[column].isna().to_numpy()
@@ -512,22 +543,63 @@ def _donors(cells: Cells, column: str | None) -> np.ndarray | None:
     return np.unique(cells.obs[column].astype(str).to_numpy(), return_inverse=True)[1]
 
 
-def _shared_worlds(fit: Fit, cells: Cells, pairs: list[Comparison], batches: str) -> tuple[list[Cells], Any]:
-    """The cells decoded under each batch that both groups of a comparison have, or under their own."""
+def _shared_levels(fit: Fit, cells: Cells, pairs: list[Comparison], batches: str) -> list[list[Any]]:
+    """For each comparison the batches that both of its groups have; [None] where cells keep their own."""
     factor = fit.schema.batch
     if batches == "own" or factor is None or len(factor) < 2:
-        return [cells], "own"
-    code = cells.batch.cpu().numpy()
-    shared = set(range(len(factor)))
+        return [[None] for _ in pairs]
+    code, found = cells.batch.cpu().numpy(), []
     for pair in pairs:
-        shared &= set(code[pair.masks[0]]) & set(code[pair.masks[1]])
-    if not shared:
-        raise ValueError(
-            f'the groups share no level of "{factor.column}", so they cannot be compared within one: '
-            'batches="own" compares them each under its own, with what the batches differ by'
-        )
-    levels = [factor.levels[b] for b in sorted(shared)]
-    return [cells.do(**{factor.column: level}) for level in levels], levels
+        shared = sorted(set(code[pair.masks[0]]) & set(code[pair.masks[1]]) - {-1})
+        if not shared:
+            has = [listed([factor.levels[c] for c in sorted(set(code[mask])) if c >= 0]) for mask in pair.masks]
+            raise ValueError(
+                f'{pair.names[0]} (in {has[0]}) and {pair.names[1]} (in {has[1]}) share no level of "{factor.column}", '
+                'so they cannot be compared within one: batches="own" compares them each under its own, with what the '
+                "batches differ by"
+            )
+        found.append([factor.levels[b] for b in shared])
+    return found
+
+
+def _worlds(fit: Fit, cells: Cells, keys: list[list[Any]]) -> dict[Any, Cells]:
+    """The cells as they are decoded under each batch that any comparison asks for."""
+    factor = fit.schema.batch
+    every = list(dict.fromkeys(key for own in keys for key in own))
+    return {k: cells if k is None or factor is None else cells.do(**{factor.column: k}) for k in every}
+
+
+def _draws_of_worlds(n_draws: int, keys: list[list[Any]], least: int) -> dict[Any, int]:
+    """Draws under each batch, so that every comparison has at least ``n_draws``, and ``least`` under each."""
+    found: dict[Any, int] = {}
+    for own in keys:
+        for key in own:
+            found[key] = max(found.get(key, least), -(-n_draws // len(own)))
+    return found
+
+
+def _about_their_mean(lfc: np.ndarray, sizes: list[int]) -> np.ndarray:
+    """Effects (S, G) under one batch after the other, moved to their mean over batches.
+
+    What is asked is that mean: how effects differ between batches is not uncertainty of it.
+    """
+    blocks_ = np.split(lfc, np.cumsum(sizes)[:-1])
+    centre = np.mean([b.mean(0) for b in blocks_], axis=0)
+    return np.concatenate([b - b.mean(0) + centre for b in blocks_])
+
+
+def _say_confounded(fit: Fit, pairs: list[Comparison], donors: np.ndarray | None, estimand: str) -> None:
+    """Warn where groups of populations share no donor and there are few of them."""
+    if donors is None or estimand != "population":
+        return
+    for pair in pairs:
+        there = [set(donors[mask]) for mask in pair.masks]
+        if not there[0] & there[1] and min(map(len, there)) < 3:
+            fit._warn(
+                f"{pair.names[0]} ({len(there[0])} donors) and {pair.names[1]} ({len(there[1])}) share no donor: what "
+                "donors differ by cannot be told from the effect of the group"
+            )
+            return
 
 
 def _shares_of(n_draws: int, n_worlds: int, n_members: int) -> list[int]:
@@ -596,8 +668,8 @@ def _cell_pairs(
 
 
 def _table(
-    fit: Fit, cells: Cells, pair: Comparison, effects: Effects, means: list[Tensor], delta: float | None, fdr: float,
-    interval: float, pseudocount: float, worlds: list[Cells], shrink: bool, seed: int,
+    fit: Fit, cells: Cells, pair: Comparison, effects: Effects, decoded: Effects, means: list[Tensor],
+    delta: float | None, fdr: float, interval: float, pseudocount: float, worlds: list[Cells], shrink: bool, seed: int,
 ) -> pd.DataFrame:  # fmt: skip
     delta = delta_of(effects.mean) if delta is None else delta
     table = effects.table(delta, interval)
@@ -609,14 +681,19 @@ def _table(
         table["probability"] = law.probability(delta)
         table["log_odds"] = log_odds(table["probability"].to_numpy())
         table.insert(5, "lfc_shrunk", law.mean)
-    prior = _prior_effects(fit, pair, worlds, pseudocount, seed)
+    # Of what is decoded alone: effects of the prior have no noise of counts.
+    _add_bayes(table, decoded.log_odds(delta), _prior_effects(fit, pair, worlds, pseudocount, seed), delta)
+    return _finish(table, fit, cells, pair, means, delta, fdr, pseudocount, _is_false(effects.draws, law, delta))
+
+
+def _add_bayes(table: pd.DataFrame, log_odds: np.ndarray, prior: np.ndarray, delta: float) -> None:
+    """Bayes factors of |lfc| > delta against effects (S, G) between states from the prior, with a word for them."""
     chance = (np.abs(prior) > delta).mean(0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        factor = np.exp(effects.log_odds(delta)) / (chance / (1 - chance))
+        factor = np.exp(log_odds) / (chance / (1 - chance))
     factor = np.where((chance > 0.001) & (chance < 0.999), factor, np.nan)
     table["bayes_factor"] = factor
     table["evidence"] = [next(word for top, word in _EVIDENCE if f <= top) if f > 1 else "" for f in factor]
-    return _finish(table, fit, cells, pair, means, delta, fdr, pseudocount, _is_false(effects.draws, law, delta))
 
 
 def _is_false(draws: np.ndarray, law: Any, delta: float) -> np.ndarray:
@@ -637,11 +714,14 @@ def _finish(
         _, table[f"raw_mean{k}"], table[f"detected{k}"] = _counts_of(cells, mask)
     table["group1"], table["group2"] = pair.names
     table.index = pd.Index(fit.schema.genes, name="gene")
+    table["n1"], table["n2"] = (int(mask.sum()) for mask in pair.masks)
     called = table["is_de"].to_numpy()
     fdp = None
     if is_false is not None and called.any():
         fdp = tuple(float(q) for q in np.quantile(is_false[:, called].mean(1), [0.05, 0.95]))
     table.attrs = {"delta": float(delta), "pseudocount": float(pseudocount), "fdp_interval": fdp}
+    if "p_value" in table:
+        return table.sort_values("p_value", kind="stable")
     return table.sort_values(["probability", "lfc_mean"], ascending=False, key=_by_size)
 
 
@@ -668,9 +748,14 @@ def _prior_effects(fit: Fit, pair: Comparison, worlds: list[Cells], pseudocount:
 
 def _by_donor(
     fit: Fit, cells: Cells, pair: Comparison, sums: Sums, inside: list[np.ndarray], by: Any, donors: Any,
-    delta: float | None, pseudocount: float | None, fdr: float, interval: float,
+    delta: float | None, pseudocount: float | None, fdr: float, interval: float, design: Sequence[str] = (),
+    totals: Totals | None = None, worlds: list[Cells] | None = None, seed: int = 0,
 ) -> pd.DataFrame:  # fmt: skip
-    """A moderated t on donors' log2 mean shares: paired where donors are in both groups, else of two samples."""
+    """A moderated t on donors' log2 mean shares: paired where donors are in both groups, else of two samples.
+
+    Each donor's mean is what is decoded and log2 of its counts over those expected. Least squares on the group, the
+    columns of ``design``, and a constant for each donor where donors are paired.
+    """
     there = [np.unique(donors[mask]) for mask in pair.masks]
     both = np.intersect1d(there[0], there[1])
     is_paired = len(both) >= 3
@@ -684,17 +769,33 @@ def _by_donor(
         torch.stack([sums.mean(units & (by == d)).mean(0) for d in side]) for units, side in zip(inside, sides)
     ]  # (D, G) each
     e = pseudocount_of([_counts_of(cells, m)[0] for m in pair.masks], means) if pseudocount is None else pseudocount
-    one, two = (np.log2(m.numpy() + e) for m in means)
-    if is_paired:
-        difference = one - two
-        effect, variance, known = difference.mean(0), difference.var(0, ddof=1), len(both) - 1.0
-        factor = 1 / len(both)
-    else:
-        effect, known = one.mean(0) - two.mean(0), len(one) + len(two) - 2.0
-        variance = (one.var(0, ddof=1) * (len(one) - 1) + two.var(0, ddof=1) * (len(two) - 1)) / known
-        factor = 1 / len(one) + 1 / len(two)
-    variance, df = moderated(variance, known)
-    se = np.sqrt(variance * factor)
+    levels = np.log2(torch.cat(means).numpy() + e)  # (samples, G)
+    if totals is not None:  # a decoder that was not told of donors makes them all alike
+        ratios = [
+            totals.log_ratio(units & (by == d), None)[0].mean(0) for units, side in zip(inside, sides) for d in side
+        ]
+        levels = levels + np.stack(ratios)
+    group = np.repeat([1.0, 0.0], [len(side) for side in sides])
+    donor = np.concatenate(sides)
+    around = (donor[:, None] == both).astype(float) if is_paired else np.ones((len(group), 1))
+    columns = _columns(cells, pair, sides, donors, design)
+    terms = np.column_stack([group, around, columns]) if columns.size else np.column_stack([group, around])
+    known = float(len(terms) - np.linalg.matrix_rank(terms))
+    if np.linalg.matrix_rank(terms[:, 1:]) == np.linalg.matrix_rank(terms):
+        raise ValueError(
+            f"design: the groups can be told by {listed(list(design))}, so that no effect of the group is left"
+        )
+    if known < 2:
+        raise ValueError(
+            f"design: {len(terms)} samples of donors leave {known:.0f} degrees of freedom beside the group and "
+            f"{listed(list(design))}; name fewer columns"
+        )
+    inverse = np.linalg.pinv(terms)
+    fitted = inverse @ levels
+    effect = fitted[0]
+    variance = ((levels - terms @ fitted) ** 2).sum(0) / known
+    variance, df = moderated(variance, known, 2.0 ** levels.mean(0))
+    se = np.sqrt(variance * (inverse[0] ** 2).sum())
     delta = delta_of(effect) if delta is None else delta
     law = stats.t(df)
     reach = law.ppf(0.5 + interval / 2) * se
@@ -708,7 +809,38 @@ def _by_donor(
         "log_odds": log_odds(chance), "t": effect / se, "p_value": p_value, "df": df,
         "expected_fdp": stats.false_discovery_control(np.clip(p_value, 0.0, 1.0)),
     })  # fmt: skip
+    if worlds is not None:
+        _add_bayes(table, log_odds(chance), _prior_effects(fit, pair, worlds, e, seed), delta)
     return _finish(table, fit, cells, pair, [m.mean(0, keepdim=True) for m in means], delta, fdr, e, None)
+
+
+def _columns(
+    cells: Cells, pair: Comparison, sides: list[np.ndarray], donors: np.ndarray, design: Sequence[str]
+) -> np.ndarray:
+    """(samples, P) columns of a design: numbers as means of a sample's cells, levels as 0 and 1 beside the first."""
+    found = []
+    for name in design:
+        if name not in cells.obs.columns:
+            raise ValueError(f'design: there is no column "{name}".' + did_you_mean(name, cells.obs.columns))
+        column = cells.obs[name]
+        if column.isna().any():
+            raise ValueError(f'design: "{name}" is missing for {column.isna().sum():,} cells')
+        samples = [
+            column[mask & (donors == d)] for mask, side in zip(pair.masks, sides) for d in side
+        ]  # fmt: skip
+        if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
+            value = np.array([float(s.mean()) for s in samples])
+            found.append(((value - value.mean()) / max(float(value.std()), 1e-12))[:, None])
+            continue
+        mixed = [s for s in samples if s.nunique() > 1]
+        if mixed:
+            raise ValueError(
+                f'design: "{name}" has {mixed[0].nunique()} levels within one donor and group '
+                f"({listed(mixed[0].unique())}); a column of a design is one of samples"
+            )
+        value = np.array([str(s.iloc[0]) for s in samples])
+        found.append((value[:, None] == np.unique(value)[1:]).astype(float))
+    return np.concatenate(found, 1) if found else np.zeros((0, 0))
 
 
 # ---- counterfactuals --------------------------------------------------------------------------

@@ -71,7 +71,9 @@ class Landmarks:
         """(n, k) distances and places of the nearest, nearest first, block by block of states (N, K)."""
         k = max(1, min(k, len(self.loc) - 1))
         for start in range(0, len(z), 1000):
-            distance = torch.cdist(z[start : start + 1000], self.loc)
+            # Without products, whose rounding would part a state from itself.
+            block = z[start : start + 1000].double()
+            distance = torch.cdist(block, self.loc.double(), compute_mode="donot_use_mm_for_euclid_dist")
             if themselves:
                 rows = torch.arange(len(distance))
                 distance[rows, rows + start] = torch.inf

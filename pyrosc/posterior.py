@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .cells import Cells
 from .counts import require_memory
-from .draws import Importance, by_block, by_draws, draw_guide, in_front, log_weight, sites_of
+from .draws import Importance, by_block, by_draws, draw_guide, in_front, log_weight, run_model, sites_of
 from .elbo import elbo_terms, in_cells
 from .errors import ProgramError, PyroscWarning
 from .guides import is_computed
@@ -243,12 +243,16 @@ class Fit:
 
             return same_noise(self, cells, worlds, n_draws, at, names, seed)
         groups = [[world.without_counts()] for world in worlds]
+        every = max(n_draws, len(self.members))  # fewer draws than refits are of some of them, at random
         draw, found = np.random.default_rng(seed), []
-        for blocks in self._draws_of("x", cells, groups, n_draws, seed, at, False):
+        for blocks in self._draws_of("x", cells, groups, every, seed, at, False):
             drawn = torch.stack(blocks).cpu()
             which = torch.from_numpy(draw.integers(len(blocks), size=(1, *drawn.shape[1:3], 1)))
             found.append(drawn.gather(0, which.expand(1, *drawn.shape[1:]))[0])
-        return torch.cat(found, 1).numpy()
+        counts = torch.cat(found, 1).numpy()
+        if every > n_draws:
+            counts = counts[np.random.default_rng([seed, 7]).permutation(every)[:n_draws]]
+        return counts
 
     def generate(
         self,
@@ -440,8 +444,10 @@ class Fit:
         _check_numbers(scale=scale, delta=delta, pseudocount=pseudocount, interval=interval)
         n_draws = _whole("n_draws", n_draws, 2)
         at, names = self._genes(genes)
+        if not names:
+            raise ValueError("genes names no gene; None is for all")
         self._require_rho_of_cells(cells)
-        self._worlds(cells[:1], do)  # unknown columns and levels are refused before anything is computed
+        self._require_read(cells, do)
         overlap, notes = assess(self, cells, do)
         if notes:
             self._warn("; ".join(notes), depth=3)
@@ -507,6 +513,7 @@ class Fit:
         if len(factor) < 2:
             raise ValueError(f'column: "{column}" has one level, so it explains nothing')
         self._require_rho_of_cells(cells)
+        self._require_read(cells, {factor.column: factor.levels[0]})
         n_draws = _whole("n_draws", n_draws, max(2, len(self.members)))
         return variance_explained(
             self, cells, factor.column, list(factor.levels), n_draws, interval, pseudocount, seed
@@ -530,6 +537,7 @@ class Fit:
         shrink: bool = True,
         batches: str = "shared",
         donor: str | None = None,
+        design: Sequence[str] = (),
         importance: int = 0,
         seed: int = 0,
     ) -> pd.DataFrame:
@@ -556,9 +564,10 @@ class Fit:
         resample : whether each draw weighs cells by Dirichlet(1, ..., 1), for the population they come from
             Where donors are known they are weighed so, and the cells within each. Without it the answer is
             about these very cells.
-        residual : whether "population" adds what the groups' counts say beyond what is decoded
-            A decoder that was not told of the groups may average their difference away. So log2 of counts seen over
-            counts expected is compared between the groups, and added ("lfc_residual"): as it is for a single fit,
+        residual : whether "population" and "donor" add what counts of groups and donors say beyond what is decoded
+            A decoder that was not told of groups or donors averages their differences away. So log2 of counts seen over
+            counts expected is compared between the groups, and added ("lfc_residual"): as it is for donors and a single
+            fit,
             which does not know how wrong it is; for an ensemble as it is or drawn towards 0 by the law that it has over
             genes, whichever is surer of most genes.
         shrink : whether "population" judges a gene by what all genes do: variances of an ensemble are moderated, and
@@ -568,6 +577,8 @@ class Fit:
             "own" decodes each cell under its own.
         donor : column of ``obs`` that names donors; None takes the cells' ``sample=``
             A donor with a sample under each of two conditions is paired by this.
+        design : further columns of ``obs`` that "donor" adjusts for, such as ["age", "sex"]: numbers are averaged over
+            a donor's cells in a group, levels must be one there
         importance : draws of the guide for each cell, out of which the S are taken by Pareto smoothed importance
             weights towards the true posterior; 0 for none, 5000 is a good number. Cells whose weights cannot be relied
             on (k-hat above min(1 - 1 / log10, 0.7)) keep the guide's draws and are counted in
@@ -583,8 +594,9 @@ class Fit:
             and its "log_odds", under that law too; "bayes_factor" of the gene's own draws against two states from the
             prior (NaN where that has too few or too many effects), a word of "evidence" (Kass and Raftery 1995);
             "expected_fdp" if this gene and those above are called, "is_de"; "share1", "share2" decoded, "raw_mean1",
-            "detected1", ... as counted; "group1", "group2". For "donor": "t", "df" and the "p_value" of |lfc| <= delta
-            instead of the Bayes factor, and "expected_fdp" is that adjusted by Benjamini and Hochberg. ``.attrs``:
+            "detected1", ... as counted; numbers of cells "n1", "n2"; "group1", "group2". For
+            "donor" also "t", "df" and the "p_value" of |lfc| <= delta, by which genes are in order, and "expected_fdp"
+            is that adjusted by Benjamini and Hochberg. ``.attrs``:
             estimand, delta, pseudocount, batches, what the uncertainty rests on, and the 90 % interval of the false
             discovery proportion of the call (genes go together as the draws do). All groups of ``groupby`` are stacked.
 
@@ -619,12 +631,21 @@ class Fit:
         n_draws, importance = _whole("n_draws", n_draws, 2), _whole("importance", importance, 0)
         if 0 < importance < max(100, n_draws):
             raise ValueError(f"importance must be 0 or at least {max(100, n_draws)} draws, not {importance}")
+        for name, flag in (("resample", resample), ("residual", residual), ("shrink", shrink)):
+            if not isinstance(flag, (bool, np.bool_)):
+                raise TypeError(f"{name} is True or False, not {flag!r}")
+        if isinstance(design, str):
+            raise TypeError(f'design takes a list of columns: design=["{design}"]')
+        if len(design) and estimand != "donor":
+            raise ValueError(
+                f'design is for estimand="donor", not {estimand!r}: others have the covariates of the story'
+            )
         pairs = comparisons(cells, groupby, group1, group2)
         self._require_rho_of_cells(cells)
         table = differential_expression(
             self, cells, pairs, estimand=estimand, delta=delta, pseudocount=pseudocount, fdr=fdr, n_draws=n_draws,
             interval=interval, resample=resample, residual=residual, shrink=shrink, batches=batches, donor=donor,
-            importance=importance, seed=seed,
+            design=design, importance=importance, seed=seed,
         )  # fmt: skip
         table.attrs["groupby"] = groupby
         return table
@@ -665,7 +686,7 @@ class Fit:
                 )
             node: Any = trace.nodes[site]
             if node["is_observed"] and not is_computed(node):
-                raise ValueError(f'site "{site}" is observed; predictive() draws it anew')
+                raise ValueError(f'site "{site}" is observed; predict() draws counts anew')
             event = node["fn"].event_dim
             value = node["value"]
             if not in_cells(node):
@@ -861,6 +882,10 @@ class Fit:
         if not isinstance(key, str) or not key or "/" in key:
             raise ValueError(f'key must be a name without "/", not {key!r}')
         if effects is not None:
+            if cells is not None:
+                raise ValueError(
+                    "a table of effects has no cells: leave cells= out, or write the latent state by itself"
+                )
             from .effects import ranked
 
             if key in adata.uns and not overwrite:
@@ -964,6 +989,27 @@ class Fit:
             raise ProgramError(
                 f'"rho" is one for all cells in {self.program.story}, so that no groups or worlds differ'
             )
+
+    def _require_read(self, cells: Cells, do: Mapping[str, Any]) -> None:
+        """Whether columns that are set change what is decoded; unknown ones are refused too."""
+        self._worlds(cells, do)
+        few = cells.rows(torch.arange(min(3, len(cells)), device=cells.device), whole=True)
+        for name in do:
+            factor = self.schema.factor(name)
+            if factor is not None and len(factor) < 2:
+                continue
+            ends = [0.0, 1.0] if factor is None else list(factor.levels[:2])
+            found = []
+            for level in ends:
+                with self.program.driven(0), torch.no_grad():
+                    guide = draw_guide(self.program, few)
+                    nodes: Any = run_model(self.program, guide, few.do(**{name: level}), None).nodes
+                    found.append(nodes["rho"]["value"])
+            if torch.equal(*found):
+                raise ValueError(
+                    f'do: {self.program.story} does not decode by "{name}", so setting it changes nothing. Columns of '
+                    "a decoder are named when cells are read: batch=, categorical= or continuous="
+                )
 
     def _warn(self, text: str, depth: int = 4) -> None:
         warnings.warn(text, PyroscWarning, stacklevel=depth)

@@ -27,6 +27,7 @@ from .elbo import in_cells
 from .errors import ProgramError
 from .posterior import Fit
 
+_FAR = 1e-6
 _MOST_SIZE = 1e10  # inverse dispersions beyond which a negative binomial is Poisson to 1e-9
 
 
@@ -47,7 +48,7 @@ def law_of_counts(fit: Fit, trace: poutine.Trace) -> Any:
 # ---- the same noise in another world ----------------------------------------------------------
 
 
-def _tails(law: Any, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def tails(law: Any, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """P(count <= value) and P(count > value), each with its own digits, in float64; extra zeros included."""
     mean, size, extra = _numbers(law)
     k = np.maximum(value, 0)
@@ -78,8 +79,8 @@ def noise_of(law: Any, value: np.ndarray, place: np.ndarray) -> tuple[np.ndarray
 
     ``place`` is where it lies, from 0 to 1, between those of the count below and the count (uniform draws).
     """
-    below, above = _tails(law, value)
-    below1, above1 = _tails(law, value - 1)
+    below, above = tails(law, value)
+    below1, above1 = tails(law, value - 1)
     # p(x) is the difference of the smaller tails, which keep their digits.
     p = np.where(below < 0.5, below - below1, above1 - above)
     return below1 + place * p, above + (1 - place) * p
@@ -89,19 +90,37 @@ def counts_at(law: Any, lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
     """Counts of a law at given noise, by its distances from 0 and from 1."""
     mean, size, extra = _numbers(law)
     found = np.zeros(lower.shape)
-    at = np.nonzero(lower > _tails(law, np.zeros(mean.shape))[0])
+    at = np.nonzero(lower > tails(law, np.zeros(mean.shape))[0])
     if len(at[0]):
         mean, size, extra = (a[at] for a in np.broadcast_arrays(mean, size, extra))
         low, high = (lower[at] - extra) / (1 - extra), upper[at] / (1 - extra)
         capped = np.minimum(size, _MOST_SIZE)
-        nb = stats.nbinom(capped, capped / (capped + mean))
-        far = stats.poisson(mean)
-        found[at] = np.where(
-            size > _MOST_SIZE,
-            np.where(low < 0.5, far.ppf(low), far.isf(high)),
-            np.where(low < 0.5, nb.ppf(low), nb.isf(high)),
+        counts = np.where(
+            size > _MOST_SIZE, stats.poisson.ppf(low, mean), stats.nbinom.ppf(low, capped, capped / (capped + mean))
         )
+        far = high < _FAR  # where 1 - high has lost the digits that tell
+        if far.any():
+            counts[far] = _beyond(high[far], mean[far], size[far])
+        found[at] = counts
     return found
+
+
+def _beyond(tail: np.ndarray, mean: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """Smallest counts with no more than this probability above them, by bisection; without extra zeros."""
+
+    def above(k: np.ndarray) -> np.ndarray:
+        capped = np.minimum(size, _MOST_SIZE)
+        nb = special.betainc(k + 1, capped, mean / (capped + mean))
+        return np.where(size > _MOST_SIZE, special.pdtrc(k, mean), nb)
+
+    low, high = np.full(mean.shape, -1.0), np.ceil(mean) + 1
+    while (short := above(high) > tail).any():
+        low, high = np.where(short, high, low), np.where(short, 2 * high, high)
+    while (high - low > 1).any():
+        middle = np.floor((low + high) / 2)
+        short = above(middle) > tail
+        low, high = np.where(short, middle, low), np.where(short, high, middle)
+    return high
 
 
 def same_noise(
@@ -110,7 +129,7 @@ def same_noise(
     """(S, N, genes) counts of these cells in another world (one of ``worlds`` at random), with the noise they had."""
     draw, found = np.random.default_rng([seed, 3]), []
     chosen = slice(None) if at is None else at
-    noise: list[tuple[np.ndarray, np.ndarray]] = []
+    noise: list[tuple[np.ndarray, np.ndarray, np.ndarray, Any]] = []
     n_told = 0
 
     def ask(block: Cells, trace: poutine.Trace, n: int | None) -> Tensor:
@@ -125,9 +144,12 @@ def same_noise(
                 n_told = 0
             x: Any = block.x
             value = np.broadcast_to(x.cpu().double().numpy(), shape)
-            noise.append(noise_of(law, value, draw.uniform(size=shape)))
+            noise.append((*noise_of(law, value, draw.uniform(size=shape)), value, _numbers(law)))
             return torch.zeros(shape[0], len(block), len(names))
-        counts = counts_at(law, *noise[n_told % len(noise)])
+        lower, upper, value, before = noise[n_told % len(noise)]
+        counts = counts_at(law, lower, upper)
+        is_same = np.all([a == b for a, b in zip(before, _numbers(law))], axis=0)
+        counts = np.where(is_same, value, counts)  # exactly, and not but for rounding
         n_told += 1
         return torch.from_numpy(counts[..., chosen].astype(np.float32))
 
@@ -162,9 +184,10 @@ def generated(
     rows_x: list[sparse.csr_matrix] = []
     states: list[np.ndarray] = []
     if like is None:
+        known = shared_draw(fit, seed)
         for start in range(0, len(world), 1000):
             part = world[np.arange(start, min(start + 1000, len(world)))]
-            values = fit.program.generate(part, seed=int(draw.integers(2**31)))
+            values = fit.program.generate(part, fixed=known, seed=int(draw.integers(2**31)))
             if "x" not in values:
                 raise ProgramError(f'{fit.program.story} has no site "x" of counts, so it makes no cells')
             rows_x.append(sparse.csr_matrix(values["x"].numpy()))
@@ -196,6 +219,23 @@ def generated(
     source = "prior" if like is None else "aggregate posterior"
     made.uns["pyrosc"] = {"story": fit.program.story, "source": source, "seed": seed}
     return made
+
+
+def shared_draw(fit: Fit, seed: int) -> dict[str, Tensor]:
+    """One posterior draw of the sites that all cells have in common."""
+    program = fit.program
+    if not program.has_globals:
+        return {}
+    with program.driven(seed), torch.no_grad():
+        guide = draw_guide(program, program.blank(2))
+        model = poutine.trace(program.model).get_trace(program.blank(2))
+    sites: dict[str, Any] = {name: guide.nodes[name] for name in sites_of(guide)}
+    drawn: dict[str, Any] = model.nodes
+    return {
+        name: site["value"].reshape(drawn[name]["value"].shape)
+        for name, site in sites.items()
+        if name in drawn and not in_cells(drawn[name])
+    }
 
 
 # ---- the law of counts, gene by gene ----------------------------------------------------------

@@ -32,7 +32,7 @@ def moderated(
     its logarithm.
     """
     df = np.broadcast_to(np.asarray(df, dtype=float), variance.shape)
-    positive = np.maximum(variance, 1e-12 * max(float(np.median(variance)), 1e-300))
+    positive = np.maximum(variance, 1e-5 * max(float(np.median(variance)), 1e-300))
     e = np.log(positive) - special.digamma(df / 2) + np.log(df / 2)
     design = np.ones((len(e), 1))
     if abundance is not None and len(e) >= _TREND_GENES:

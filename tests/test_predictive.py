@@ -159,3 +159,35 @@ def test_cells_of_the_fit_that_are_thinned_otherwise_are_refused(cells, thinned)
         fit.outliers(cells)
     table = pyrosc.check.posterior_predictive(fit, cells, ["mean"], n_draws=20, seed=3)
     assert table.attrs["counts"] == "dropped by thinning"
+
+
+def test_transforms_of_counts_tell_a_law_that_is_too_narrow(cells, thinned):
+    from pyrosc.check import pit
+
+    seen = {name: pit(one, cells, seed=3) for name, one in thinned.items()}
+
+    expressed = cells.x.numpy().mean(0) > 1
+    right, wrong = (seen[name].loc[np.array(cells.schema.genes)[expressed]] for name in ("NB", "Poisson"))
+    assert seen["NB"].attrs["counts"] == "dropped by thinning"
+    assert right["ks"].median() < 0.6 * wrong["ks"].median()
+    ends = {name: table.attrs["histogram"][[0, -1]].sum() for name, table in seen.items()}
+    assert ends["Poisson"] > 1.3 * ends["NB"]  # too narrow: heaps at both ends
+    assert seen["NB"].attrs["histogram"].sum() == pytest.approx(1)
+    with pytest.raises(ValueError, match="zeros must be above 0"):
+        pit(thinned["NB"], cells, zeros=0, seed=3)
+
+
+def test_transforms_are_uniform_where_the_story_is_true(fitted):
+    """Laws are those that drew the counts, but for what the state was bent to them."""
+    from pyrosc.check import pit
+
+    _, cells, fit = fitted
+    made = cells.with_counts(fit.predict(cells, 1, seed=5)[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PyroscWarning)
+        table = pit(fit, made)
+
+    assert table.attrs["counts"] == "used twice"
+    # 60 genes of 600 cells: were all uniform, 5 % would have p below 0.05.
+    assert (table["p"] < 0.05).mean() < 0.2
+    assert abs(table["mean"].mean() - 0.5) < 0.02

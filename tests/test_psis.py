@@ -121,9 +121,16 @@ def fitted(loc, scale):
     return pyrosc.Fit(program, [], settings), cells
 
 
+def test_weights_that_are_all_alike_are_left_as_they_are():
+    log, k = psis.smoothed(torch.zeros(200, 2))
+
+    assert torch.equal(log, torch.zeros(200, 2, dtype=torch.float64))
+    assert (k < 0).all()
+
+
 def test_effects_of_weighed_draws_are_those_of_the_posterior():
     groups = dict(group1=np.array([True, False, True, True]), group2=np.array([False, True, False, False]))
-    options = groups | dict(n_draws=400, resample=False, delta=0.3, pseudocount=0.0)
+    options = groups | dict(n_draws=400, resample=False, residual=False, delta=0.3, pseudocount=0.0)
     (off, cells), (right, _) = fitted(0.4, 1.2), fitted(0.0, 1.0)
 
     plain = off.differential_expression(cells, **options)

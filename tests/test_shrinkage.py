@@ -72,8 +72,8 @@ def test_shrunken_effects_are_the_posterior_under_their_mixture():
 
 def test_an_estimate_of_few_degrees_is_a_student_t_about_its_effect():
     # A wide prior leaves the likelihood: eight points of the chi-square give its tails to about a tenth.
-    estimate = np.concatenate([np.linspace(-400, 400, 200), [1.0]])
-    sd = np.ones(201)
+    estimate = np.concatenate([np.linspace(-400, 400, 8000), [1.0]])
+    sd = np.ones(8001)
 
     few, many = shrunk(estimate, sd, 5.0), shrunk(estimate, sd)
 

@@ -3,8 +3,9 @@
 from ..psis import pareto_k
 from .compare import compare, paired, thinned_log_likelihood
 from .importance import importance
-from .predictive import posterior_predictive, prior_predictive
+from .predictive import pit, posterior_predictive, prior_predictive
 
 __all__ = [
-    "compare", "importance", "paired", "pareto_k", "posterior_predictive", "prior_predictive", "thinned_log_likelihood",
+    "compare", "importance", "paired", "pareto_k", "pit", "posterior_predictive", "prior_predictive",
+    "thinned_log_likelihood",
 ]  # fmt: skip

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 from pyro import poutine
+from scipy import stats
 from torch import Tensor
 
 from ..cells import Cells
@@ -100,20 +101,90 @@ def posterior_predictive(
         cells of the fit and another ``seed`` thins them otherwise than they were.
     """
     n_draws = _whole("n_draws", n_draws, 20)
-    fraction = fit.settings.get("kept", 1.0)
+    ready, observed, fraction = _halves(fit, cells, seed)
     if fraction < 1:
-        given = Cells.align(cells, fit.schema)
-        if given.kept != 1:
-            raise ValueError("these cells are thinned already; pass them as they were measured")
-        kept, rest = given.thin(fraction, seed=seed)
-        require_thinned_alike(fit, kept, seed)
-        ready = fit._ready(kept)
-        replicates, observed = _dropped(fit, ready, rest, fraction, n_draws, seed), rest
+        replicates = _dropped(fit, ready, observed, fraction, n_draws, seed)
     else:
-        ready = observed = fit._ready(cells)
         replicates = _predicted(fit, ready, n_draws, seed)
     table = _compared(observed, replicates, statistics, n_draws, by)
-    table.attrs = {"counts": "dropped by thinning" if fraction < 1 else "used twice", "n_draws": n_draws}
+    table.attrs = {"counts": _how(fraction), "n_draws": n_draws}
+    return table
+
+
+def _halves(fit: Fit, cells: Cells | anndata.AnnData, seed: int) -> tuple[Cells, Cells, float]:
+    """Cells to read the state from, those to judge, and the share that the former kept: 1 if they are the same."""
+    fraction: float = fit.settings.get("kept", 1.0)
+    if fraction == 1:
+        ready = fit._ready(cells)
+        return ready, ready, 1.0
+    given = Cells.align(cells, fit.schema)
+    if given.kept != 1:
+        raise ValueError("these cells are thinned already; pass them as they were measured")
+    kept, rest = given.thin(fraction, seed=seed)
+    require_thinned_alike(fit, kept, seed)
+    return fit._ready(kept), rest, fraction
+
+
+def _how(fraction: float) -> str:
+    return "dropped by thinning" if fraction < 1 else "used twice"
+
+
+def pit(
+    fit: Fit, cells: Cells | anndata.AnnData, *, n_draws: int = 50, zeros: float = 0.05, seed: int = 0
+) -> pd.DataFrame:
+    """Randomised probability integral transforms: where counts lie in the laws that predict them.
+
+    u = F(x - 1) + v (F(x) - F(x - 1)), v uniform, for F the mean over draws of the laws of a count, is uniform if the
+    laws are right (Czado, Gneiting and Held 2009, Biometrics 65:1254). Heaps at both ends say that laws are too narrow.
+
+    Parameters
+    ----------
+    cells : as for `posterior_predictive`: of a fit to thinned counts, what thinning dropped is judged given the rest
+    n_draws : S
+    zeros : share of zero counts that are looked at in the histogram, where they would hide all else
+
+    Returns
+    -------
+    DataFrame
+        One row a gene: "mean" of u (0.5), "ks", the Kolmogorov-Smirnov distance of its cells from uniform, and "p" of
+        that; ``.attrs["histogram"]`` (20,) shares of u by twentieths over counts of all genes, of zeros a part;
+        ``.attrs["counts"]`` as for `posterior_predictive`.
+
+    Raises
+    ------
+    ProgramError
+        If the law of the counts is none of ours.
+    """
+    from ..prediction import law_of_counts, tails
+
+    n_draws = _whole("n_draws", n_draws, 1)
+    if not 0 < zeros <= 1:
+        raise ValueError(f"zeros must be above 0 and at most 1, not {zeros!r}")
+    kept, rest, fraction = _halves(fit, cells, seed)
+
+    def ask(block: Cells, trace: poutine.Trace, n: int | None) -> Tensor:
+        law = dropped(fit, trace, fraction) if fraction < 1 else law_of_counts(fit, trace)
+        law = law.expand(torch.Size((n or 1, len(block), law.batch_shape[-1])))
+        rows: Any = block._rows
+        x: Any = rest.rows(rows.cpu(), whole=True).x if fraction < 1 else block.x
+        value = x.cpu().double().numpy()
+        ends = [tails(law, v)[0].mean(0) for v in (value - 1, value)]
+        return torch.from_numpy(np.stack(ends, -1)).unsqueeze(0)
+
+    draw = np.random.default_rng([seed, 6])
+    found, counted = [], np.zeros(20)
+    for (ends,) in fit._runs(kept, [[kept]], max(n_draws, len(fit.members)), seed, ask):
+        low, high = ends.mean(0).numpy().transpose(2, 0, 1)
+        u = low + draw.uniform(size=low.shape) * (high - low)
+        found.append(u.astype(np.float32))
+        looked = (low > 0) | (draw.uniform(size=low.shape) < zeros)
+        counted += np.histogram(u[looked], 20, (0, 1))[0]
+    every = np.concatenate(found)
+    ks = stats.kstest(every, "uniform", axis=0)
+    table = pd.DataFrame(
+        {"mean": every.mean(0), "ks": ks.statistic, "p": ks.pvalue}, index=pd.Index(fit.schema.genes, name="gene")
+    )
+    table.attrs = {"histogram": counted / counted.sum(), "counts": _how(fraction), "n_draws": n_draws}
     return table
 
 
@@ -128,17 +199,22 @@ def prior_predictive(
 ) -> pd.DataFrame:
     """The same for cells that the story makes up from its prior, with the columns and totals of these cells.
 
-    Before a fit it shows what starting values imply; after one, holes of the prior that no cell falls into.
+    Before a fit it shows what starting values imply; after one, holes of the prior of states that no cell falls into
+    (sites that all cells share are then drawn from their posterior).
     """
     n_draws = _whole("n_draws", n_draws, 20)
     story = program.program if isinstance(program, Fit) else program
     ready = Cells.align(cells, story.schema)
 
+    from ..prediction import shared_draw
+
     _at_once(ready, n_draws)  # refused where one replicate would not fit
 
     def made() -> Iterator[np.ndarray]:
         for s in range(n_draws):
-            yield story.generate(ready, seed=int(np.random.SeedSequence([seed, s]).generate_state(1)[0]))["x"].numpy()
+            shared = shared_draw(program, s) if isinstance(program, Fit) else None
+            mixed = int(np.random.SeedSequence([seed, s]).generate_state(1)[0])
+            yield story.generate(ready, fixed=shared, seed=mixed)["x"].numpy()
 
     table = _compared(ready, made(), statistics, n_draws, by)
     table.attrs = {"counts": "prior", "n_draws": n_draws}
