@@ -62,3 +62,8 @@ def fitted(tissue):
     cells = pyrosc.Cells.from_anndata(tissue, batch="batch", label="cell_type")
     program = pyrosc.scvi(cells, n_latent=4, n_hidden=32)
     return tissue, cells, pyrosc.fit(program, cells, epochs=12, progress=False, patience=None)
+
+
+def pytest_collection_modifyitems(items):
+    """Pages take longest, so they start first: at the end one process would wait for the other."""
+    items.sort(key=lambda item: "test_pages" not in item.nodeid)
