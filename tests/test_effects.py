@@ -806,24 +806,30 @@ def test_donors_are_no_witnesses_of_a_condition_that_only_they_carry(told):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
-def test_intervals_of_an_ensemble_cover_the_truth_where_those_of_one_fit_do_not(seed):
+def test_intervals_cover_and_calls_keep_their_rate_where_those_of_what_is_decoded_do_not(seed):
     data = pyrosc.simulate.tissue(1500, 300, n_types=4, n_batches=1, seed=seed)
     cells = Cells.from_anndata(data, label="cell_type")
     fit = quiet_fit(pyrosc.scvi(cells), cells, epochs=None, ensemble=5)
     single = pyrosc.Fit(fit.program, fit.history, fit.settings)
     kind, rho = data.obs["cell_type"].to_numpy(), data.layers["rho"]
 
-    covered = {"ensemble": [], "single": []}
+    plain = dict(residual=False, shrink=False)
+    arms = {"ensemble": (fit, {}), "single": (single, {}), "decoded": (single, plain)}
+    covered, false = ({name: [] for name in arms} for _ in range(2))
     for one, two in (("type0", "type1"), ("type2", "type3"), ("type1", "type2")):
         truth = np.log2(rho[kind == one].mean(0)) - np.log2(rho[kind == two].mean(0))
-        for name, asked in (("ensemble", fit), ("single", single)):
-            table = asked.differential_expression(cells, "cell_type", one, two, resample=False)
+        for name, (asked, options) in arms.items():
+            table = asked.differential_expression(cells, "cell_type", one, two, resample=False, fdr=0.1, **options)
             table = table.loc[list(cells.schema.genes)]
             covered[name].append((table["lfc_lower"] < truth) & (truth < table["lfc_upper"]))
+            is_false = np.abs(truth) <= table.attrs["delta"]
+            false[name].append(is_false[table["is_de"].to_numpy()].mean())
 
     # 900 genes in three pairs of one fit: they err together, so that the band is that of the promise.
-    assert 0.83 <= np.mean(covered["ensemble"]) <= 0.96
-    assert np.mean(covered["single"]) < 0.5
+    for name in ("ensemble", "single"):
+        assert 0.83 <= np.mean(covered[name]) <= 0.96
+        assert np.mean(false[name]) <= 0.15
+    assert np.mean(covered["decoded"]) < 0.5  # (that a flat prior calls too many: test_shrinkage)
 
 
 # ---- how much a column explains ----------------------------------------------------------------
