@@ -1,7 +1,8 @@
 """Outliers: cells that the story has no place for, by three p-values of different things.
 
     counts   Each count is kept with probability e; the state is read from those kept. How surprising are those that
-             were dropped, -log p(x2 | x1, z), beside new ones drawn from their law? Nothing is used twice. A story that
+             were dropped, -log p(x2 | x1, z), beside new ones drawn from their law? Nothing of a cell is used twice
+             (a fit to full counts of these very cells has seen them, though: fit thinned ones). A story that
              is a little wrong is surprised by every cell, so the standardised surprise is judged by its own median and
              spread over cells (an empirical null: Efron 2004, JASA 99:96).
     state    How far is the state from the fifth nearest state of the cells of the fit, beside how far those are from
@@ -38,7 +39,7 @@ def outliers(fit: Fit, cells: Cells, fraction: float, fdr: float, n_draws: int, 
     kept, rest = cells.thin(fraction, seed=seed)
     if fit.settings.get("kept", 1.0) < 1:
         require_thinned_alike(fit, kept, seed)
-    score, predictive = _surprise(fit, fit._ready(kept), rest, fraction, n_draws, seed)
+    score, predictive = _surprise(fit, kept.to(fit.device, fit.program.dtype), rest, fraction, n_draws, seed)
     centre = np.median(score)
     scale = 1.4826 * np.median(np.abs(score - centre))
     table = pd.DataFrame(

@@ -435,7 +435,7 @@ class Fit:
         ----------
         Pearl 2009, Causality, section 7.1 (abduction, action, prediction).
         """
-        from .effects import counterfactual
+        from .counterfactuals import counterfactual
         from .overlap import assess
 
         cells = self._ready(cells)
@@ -498,7 +498,7 @@ class Fit:
         -----
         Levels count alike, however many cells they have. Interactions of state and column are in the column's part.
         """
-        from .effects import variance_explained
+        from .counterfactuals import variance_explained
 
         cells = self._ready(cells)
         _check_numbers(interval=interval, pseudocount=pseudocount)

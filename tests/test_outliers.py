@@ -95,6 +95,17 @@ def test_outliers_have_names_and_are_repeatable(fit, tissue_of_types):
     assert not table.equals(fit.outliers(cells, n_draws=30, seed=4))
 
 
+@pytest.mark.filterwarnings("error::pyrosc.PyroscWarning")
+def test_cells_of_the_fit_may_be_asked_too(fit, tissue_of_types):
+    data = tissue_of_types[:500]
+    own = Cells.from_anndata(data[data.obs["cell_type"] != "type3"])
+
+    table = fit.outliers(own, n_draws=30)
+
+    assert table["is_outlier"].mean() < 0.05
+    assert table["p_state"].median() == pytest.approx(0.5, abs=0.1)
+
+
 def test_outliers_refuse_what_they_cannot_judge(fit, tissue_of_types):
     cells = Cells.from_anndata(tissue_of_types[500:560])
     with pytest.raises(ValueError, match="give at least 20, not 5"):
