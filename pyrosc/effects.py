@@ -38,6 +38,7 @@ from torch import Tensor
 from .cells import Cells
 from .counts import require_memory
 from .draws import Importance
+from .errors import ProgramError
 from .loading import blocks
 from .psis import k_threshold
 from .schema import did_you_mean, listed
@@ -133,7 +134,14 @@ class Totals:
             site: Any = trace.nodes["x"]
             law = site["fn"]
             x: Any = block.x
-            found = [t.expand(n or 1, len(block), n_genes).mean(0) for t in (law.mean, law.variance)]
+            try:
+                moments = law.mean, law.variance
+            except NotImplementedError as error:
+                raise ProgramError(
+                    f"the law of the counts, {type(law).__name__}, has no mean or variance, so that counts seen cannot "
+                    "be compared with those expected: give it both, or ask with residual=False"
+                ) from error
+            found = [t.expand(n or 1, len(block), n_genes).mean(0) for t in moments]
             return torch.cat([*found, x], -1).unsqueeze(0)
 
         programs = fit.members or (fit.program,)
@@ -583,9 +591,9 @@ def _about_their_mean(lfc: np.ndarray, sizes: list[int]) -> np.ndarray:
 
     What is asked is that mean: how effects differ between batches is not uncertainty of it.
     """
-    blocks_ = np.split(lfc, np.cumsum(sizes)[:-1])
-    centre = np.mean([b.mean(0) for b in blocks_], axis=0)
-    return np.concatenate([b - b.mean(0) + centre for b in blocks_])
+    by_batch = np.split(lfc, np.cumsum(sizes)[:-1])
+    centre = np.mean([one.mean(0) for one in by_batch], axis=0)
+    return np.concatenate([one - one.mean(0) + centre for one in by_batch])
 
 
 def _say_confounded(fit: Fit, pairs: list[Comparison], donors: np.ndarray | None, estimand: str) -> None:
@@ -600,17 +608,6 @@ def _say_confounded(fit: Fit, pairs: list[Comparison], donors: np.ndarray | None
                 "donors differ by cannot be told from the effect of the group"
             )
             return
-
-
-def _shares_of(n_draws: int, n_worlds: int, n_members: int) -> list[int]:
-    """Draws of each batch that is averaged over, at least one of each member of an ensemble."""
-    if n_worlds * max(n_members, 1) > n_draws:
-        of_members = f" of each of {n_members} refits" if n_members else ""
-        raise ValueError(
-            f"n_draws={n_draws} is too few to draw under {n_worlds} batches{of_members}: ask for at least "
-            f"{n_worlds * max(n_members, 1)}"
-        )
-    return [n_draws // n_worlds + (k < n_draws % n_worlds) for k in range(n_worlds)]
 
 
 def _units(pairs: list[Comparison], donors: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -649,12 +646,12 @@ def _cell_pairs(
 ) -> tuple[np.ndarray, list[Tensor], float]:
     """(P, G) effects of random pairs of cells, one of each group; means (1, G); the pseudocount."""
     draw = np.random.default_rng(seed)
-    per_world, least = _shares_of(_PAIRS, len(worlds), len(fit.members)), max(len(fit.members), 1)
+    least, n = max(len(fit.members), 1), max(1, _PAIRS // len(worlds))  # pairs under each batch
     sides = []
     for k, mask in enumerate(pair.masks):
         inside, rows = np.flatnonzero(mask), []
-        for j, (world, n) in enumerate(zip(worlds, per_world)):
-            some = np.sort(draw.choice(inside, size=min(len(inside), n // least), replace=False))
+        for j, world in enumerate(worlds):
+            some = np.sort(draw.choice(inside, size=min(len(inside), max(1, n // least)), replace=False))
             n_draws = max(-(-n // len(some)), least)
             shares = fit._draws_of(
                 "rho", cells[some], [[world[some]]], n_draws, seed + 1000 * k + j, None, len(worlds) > 1, weighed

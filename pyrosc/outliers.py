@@ -84,9 +84,9 @@ def _beside(fit: Fit, cells: Cells) -> tuple[np.ndarray, np.ndarray]:
             f"{fit.program.story} has no state of each cell, or this fit was saved without the states of some: "
             "outliers are judged beside those; fit again"
         )
-    here = marks.apart(fit._centres(cells), _NEAREST, _ALIKE, cells.library.cpu().double().log().ravel())
-    there = marks.apart(marks.loc, _NEAREST, _ALIKE, marks.log_total, themselves=True)
-    return tuple(conformal(own.numpy(), all_.numpy()) for own, all_ in zip(here, there))  # type: ignore[return-value]
+    apart, excess = marks.apart(fit._centres(cells), _NEAREST, _ALIKE, cells.library.cpu().double().log().ravel())
+    of_marks = marks.apart(marks.loc, _NEAREST, _ALIKE, marks.log_total, themselves=True)
+    return conformal(apart.numpy(), of_marks[0].numpy()), conformal(excess.numpy(), of_marks[1].numpy())
 
 
 def conformal(score: np.ndarray, among: np.ndarray) -> np.ndarray:

@@ -238,21 +238,19 @@ class Fit:
         )
         if noise not in ("new", "same"):
             raise ValueError(f'noise must be "new" or "same", not {noise!r}')
+        every = max(n_draws, len(self.members))  # fewer draws than refits are of some of them, at random
+        some = slice(None) if every == n_draws else np.random.default_rng([seed, 7]).permutation(every)[:n_draws]
         if noise == "same":
             from .prediction import same_noise
 
-            return same_noise(self, cells, worlds, n_draws, at, names, seed)
+            return same_noise(self, cells, worlds, every, at, names, seed)[some]
         groups = [[world.without_counts()] for world in worlds]
-        every = max(n_draws, len(self.members))  # fewer draws than refits are of some of them, at random
         draw, found = np.random.default_rng(seed), []
         for blocks in self._draws_of("x", cells, groups, every, seed, at, False):
             drawn = torch.stack(blocks).cpu()
             which = torch.from_numpy(draw.integers(len(blocks), size=(1, *drawn.shape[1:3], 1)))
             found.append(drawn.gather(0, which.expand(1, *drawn.shape[1:]))[0])
-        counts = torch.cat(found, 1).numpy()
-        if every > n_draws:
-            counts = counts[np.random.default_rng([seed, 7]).permutation(every)[:n_draws]]
-        return counts
+        return torch.cat(found, 1).numpy()[some]
 
     def generate(
         self,
@@ -295,6 +293,12 @@ class Fit:
         self, cells: Cells | anndata.AnnData, *, n_draws: int = 10, interval: float = 0.9, seed: int = 0
     ) -> pd.DataFrame:
         """How counts scatter about their means, gene by gene.
+
+        Parameters
+        ----------
+        n_draws : S; at least one of each refit of an ensemble
+        interval : probability of the equal-tailed interval
+        seed : draws are random through it
 
         Returns
         -------

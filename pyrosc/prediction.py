@@ -196,12 +196,10 @@ def generated(
     else:
 
         def ask(block: Cells, trace: poutine.Trace, n: int | None) -> Tensor:
-            x: Any = trace.nodes["x"]["value"] if "x" in trace.nodes else law_of_counts(fit, trace)
-            x = x.reshape(1, len(block), -1)
-            if "z" not in trace.nodes:
-                return x
-            z: Any = trace.nodes["z"]["value"]
-            return torch.cat([x, z.reshape(1, len(block), -1)], -1)
+            law_of_counts(fit, trace)  # there are counts to make
+            nodes: dict[str, Any] = trace.nodes
+            values = [nodes[name]["value"] for name in ("x", "z") if name in nodes]
+            return torch.cat([v.reshape(1, len(block), -1) for v in values], -1)
 
         runs = fit._runs(read, [[world.without_counts()]], 1, seed, ask, fit.program)
         for (block,) in runs:

@@ -312,6 +312,23 @@ def test_what_counts_say_beyond_the_decoder_is_added(fit, cells):
     )
 
 
+def test_a_law_of_counts_without_moments_is_asked_without_them(cells):
+    class Shy(pyrosc.distributions.NegativeBinomial):
+        @property
+        def variance(self):
+            raise NotImplementedError
+
+    class ShyLikelihood(torch.nn.Module):
+        def forward(self, mean, dispersion=None, hidden=None):
+            return Shy(mean, dispersion).to_event(1)
+
+    fit = quiet_fit(pyrosc.scvi(cells, n_latent=2, n_hidden=8, likelihood=ShyLikelihood()), cells, epochs=1)
+
+    with pytest.raises(ProgramError, match="has no mean or variance.*residual=False"):
+        fit.differential_expression(cells, "cell_type", "type0")
+    assert len(fit.differential_expression(cells, "cell_type", "type0", residual=False)) == 60
+
+
 @EDITED
 def test_counts_seen_over_expected_are_those_of_the_story(fit, cells):
     """On counts that the story made itself they differ from 1 as their variance says."""

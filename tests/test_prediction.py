@@ -122,6 +122,7 @@ def test_the_same_noise_answers_in_blocks_and_of_ensembles(fitted, monkeypatch):
 
     np.testing.assert_array_equal(whole, np.broadcast_to(cells[:50].x.numpy(), whole.shape))
     assert cut.shape == whole.shape
+    assert both.predict(cells[:3], 1, noise="same").shape == (1, 3, 40)  # fewer than refits: of one at random
     with pytest.raises(ValueError, match='noise must be "new" or "same", not \'old\''):
         fit.predict(cells, 1, noise="old")
 

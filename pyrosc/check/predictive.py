@@ -212,8 +212,8 @@ def prior_predictive(
 
     def made() -> Iterator[np.ndarray]:
         for s in range(n_draws):
-            shared = shared_draw(program, s) if isinstance(program, Fit) else None
             mixed = int(np.random.SeedSequence([seed, s]).generate_state(1)[0])
+            shared = shared_draw(program, mixed) if isinstance(program, Fit) else None
             yield story.generate(ready, fixed=shared, seed=mixed)["x"].numpy()
 
     table = _compared(ready, made(), statistics, n_draws, by)
