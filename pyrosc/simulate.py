@@ -1,6 +1,7 @@
 """Simulated cells: counts with a known truth, to test stories against. Numpy only, seeded.
 
 `tissue` draws from a law close to the stories'. `bursts` and `shifted_groups` do not; they are for comparing groups.
+`subtle_types` is for labels: few and partly wrong ones, of types that differ less than other things do.
 """
 
 from __future__ import annotations
@@ -256,6 +257,104 @@ def shifted_groups(
             index=[f"gene{j}" for j in range(n_genes)],
         ),
         layers={"mean": mean.astype(np.float32)},
+    )
+
+
+def subtle_types(
+    n_cells: int = 6000,
+    n_genes: int = 1500,
+    n_types: int = 4,
+    *,
+    effect: float = 0.8,
+    n_markers: int = 25,
+    nuisance: float = 0.5,
+    depth: float = 1500.0,
+    n_seeds: int = 50,
+    errors: float = 0.1,
+    seed: int = 0,
+) -> anndata.AnnData:
+    """Cell types that few genes tell apart, under a factor that moves more, with a few labels that may be wrong.
+
+    Each type raises the log rate of ``n_markers`` genes of its own by ``effect``; markers have about 0.3 counts a cell.
+    A factor f ~ Normal(0, 1) that all types share moves a fifth of the genes by Normal(0, ``nuisance``) a unit. Counts
+    are negative binomial with inverse dispersions LogNormal(log 4, 0.5) and totals LogNormal around ``depth``, sd 0.3.
+
+    Labels are given to ``n_seeds`` cells a type, drawn from the quarter of its cells with the largest marker score (sum
+    of log(1 + count per 10,000) over its markers less that over those of other types, per marker); a share ``errors``
+    of them is replaced by cells of other types, those with the largest score for this one.
+
+    Returns
+    -------
+    AnnData
+        ``X`` CSR counts (N, G); ``obs``: "cell_type", "label" (missing for most cells), "factor"; ``var["marker_of"]``,
+        empty for genes that mark no type; ``layers["rho"]`` (N, G) true shares.
+
+    Raises
+    ------
+    ValueError
+        If a size or share is out of range.
+
+    Notes
+    -----
+    After the seed-labelling study of Xu et al. 2021 (Molecular Systems Biology 17:e9620), where seeds picked by markers
+    were right in 84 to 96 %.
+    """
+    _check_sizes(n_cells=n_cells, n_genes=n_genes, n_types=n_types, n_markers=n_markers, n_seeds=n_seeds)
+    if n_types * n_markers > n_genes:
+        raise ValueError(f"{n_types} types of {n_markers} markers need {n_types * n_markers:,} genes, not {n_genes:,}")
+    if not 0 <= errors < 1:
+        raise ValueError(f"errors must be at least 0 and below 1, not {errors!r}: it is a share of the labels")
+    if 4 * n_seeds * n_types > n_cells:
+        raise ValueError(
+            f"{n_seeds} labels a type come from the quarter of its cells that look most like it: "
+            f"n_cells={n_cells:,} must be at least {4 * n_seeds * n_types:,}"
+        )
+    draw = np.random.default_rng(seed)
+    kind = draw.permutation(np.arange(n_cells) % n_types)
+    marker_of = np.full(n_genes, -1)
+    marker_of[draw.choice(n_genes, n_types * n_markers, replace=False)] = np.repeat(np.arange(n_types), n_markers)
+    is_marker = marker_of >= 0
+    rate = np.exp(draw.normal(-0.7, 1.0, n_genes))
+    # A marker is raised in one of the types and has 0.3 counts over all.
+    of_marker = draw.lognormal(np.log(0.3 / (1 + (np.exp(effect) - 1) / n_types)), 0.3, n_genes)
+    rate[~is_marker] *= (depth - 0.3 * is_marker.sum()) / rate[~is_marker].sum()
+    rate[is_marker] = of_marker[is_marker]
+    loading = np.where(draw.uniform(size=n_genes) < 0.2, draw.normal(0, nuisance, n_genes), 0.0)
+    factor = draw.normal(size=n_cells)
+    logits = np.log(rate) + effect * (marker_of[None] == kind[:, None]) + factor[:, None] * loading
+    rho = np.exp(logits - logits.max(1, keepdims=True))
+    rho /= rho.sum(1, keepdims=True)
+    library = draw.lognormal(np.log(depth), 0.3, n_cells)
+    inverse = draw.lognormal(np.log(4), 0.5, n_genes)
+    counts = draw.poisson(draw.gamma(inverse, library[:, None] * rho / inverse))
+
+    logs = np.log1p(1e4 * counts / np.maximum(counts.sum(1, keepdims=True), 1))
+    of_type = np.stack([logs[:, marker_of == t].mean(1) for t in range(n_types)], 1)
+    score = of_type - (of_type.sum(1, keepdims=True) - of_type) / max(n_types - 1, 1)
+    label = np.full(n_cells, -1)
+    for t in range(n_types):
+        best = np.argsort(-score[:, t])
+        own = best[kind[best] == t]
+        n_wrong = round(errors * n_seeds) if n_types > 1 else 0
+        wrong = [i for i in best if kind[i] != t and label[i] < 0][:n_wrong]
+        right = [i for i in own[: max(n_seeds, len(own) // 4)] if label[i] < 0]
+        label[draw.choice(right, min(n_seeds - n_wrong, len(right)), replace=False)] = t
+        label[wrong] = t
+    names = np.array([f"type{t}" for t in range(n_types)], dtype=object)
+    return anndata.AnnData(
+        X=sparse.csr_matrix(counts.astype(np.float32)),
+        obs=pd.DataFrame(
+            {
+                "cell_type": pd.Categorical(names[kind], categories=names),
+                "label": pd.Categorical(np.where(label >= 0, names[label], None), categories=names),
+                "factor": factor,
+            },
+            index=[f"cell{i}" for i in range(n_cells)],
+        ),
+        var=pd.DataFrame(
+            {"marker_of": np.where(is_marker, names[marker_of], "")}, index=[f"gene{j}" for j in range(n_genes)]
+        ),
+        layers={"rho": rho.astype(np.float32)},
     )
 
 
