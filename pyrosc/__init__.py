@@ -13,8 +13,10 @@ from .dispersions import (
     TrendPrior,
 )
 from .errors import FitError, ProgramError, PyroscWarning
+from .labels import Classifier, LabelPrior, TypeNormal
 from .libraries import GivenLibrary, LatentLibrary, ObservedLibrary
 from .likelihoods import NBLikelihood, PoissonLikelihood, ZINBLikelihood
+from .models.scanvi import scanvi
 from .models.scvi import scvi
 from .networks import Decoder, Encoder, LinearDecoder
 from .parts import Part
@@ -35,6 +37,7 @@ __all__ = [  # noqa: RUF022
     "Cells",
     "Schema",
     "scvi",
+    "scanvi",
     "Program",
     "Part",
     "Prior",
@@ -54,6 +57,9 @@ __all__ = [  # noqa: RUF022
     "NoDispersion",
     "InverseSqrtPrior",
     "TrendPrior",
+    "LabelPrior",
+    "Classifier",
+    "TypeNormal",
     "NBLikelihood",
     "ZINBLikelihood",
     "PoissonLikelihood",

@@ -21,7 +21,9 @@ from .guides import is_computed, latent_sites, law_of, plain_support
 from .schema import did_you_mean, listed
 
 
-def check_sites(guide: poutine.Trace, model: poutine.Trace, cells: Cells, enumerated: list[str]) -> None:
+def check_sites(
+    guide: poutine.Trace, model: poutine.Trace, cells: Cells, enumerated: list[str], guided_sums: list[str]
+) -> None:
     for trace, what in ((guide, "guide"), (model, "model")):
         found: dict[str, Any] = dict(trace.nodes)
         for name, site in found.items():
@@ -69,7 +71,7 @@ def check_sites(guide: poutine.Trace, model: poutine.Trace, cells: Cells, enumer
                 f"({law_of(p)}, {_reach(p.support)}) rules out. Use a distribution with that support in the guide, "
                 "such as LogNormal for positive numbers; or leave the site out, and it is completed."
             )
-        if not q.has_rsample:
+        if not q.has_rsample and name not in guided_sums:
             raise ProgramError(
                 f'site "{name}": the guide draws it from {law_of(q)}, through which no gradient passes. '
                 "Draw it from a continuous distribution, or leave a discrete site out of the guide and sum it out: "
@@ -153,12 +155,22 @@ def _ancestors(relations: Mapping[str, Mapping[str, Any]]) -> dict[str, set[str]
     return reached
 
 
-def check_mean_field(guide: Mapping[str, Any], model: Mapping[str, Any]) -> None:
-    """No direct parent of a site in the model may depend on that site in the guide (the analytic KL would be wrong)."""
+def drawn_backwards(guide: Mapping[str, Any], model: Mapping[str, Any]) -> set[str]:
+    """Sites that the guide draws before one that the model draws them from; their KL has no closed form."""
+    in_guide = _ancestors(guide)
+    found: dict[str, Any] = model["sample_sample"]
+    return {child for child, parents in found.items() if any(child in in_guide.get(p, ()) for p in parents)}
+
+
+def check_mean_field(guide: Mapping[str, Any], model: Mapping[str, Any], noisy: set[str]) -> None:
+    """No direct parent of a site in the model may depend on that site in the guide (the analytic KL would be wrong).
+
+    Those of ``noisy`` are known, and their KL is not taken in closed form.
+    """
     in_guide = _ancestors(guide)
     for child, parents in model["sample_sample"].items():
         for parent in parents:
-            if child in in_guide.get(parent, ()):
+            if child in in_guide.get(parent, ()) and child not in noisy:
                 raise ProgramError(
                     f'the model draws "{child}" from "{parent}", but the guide draws "{parent}" from "{child}": the KL '
                     f'terms of TraceMeanField_ELBO are then wrong. Draw "{parent}" first in the guide.'

@@ -778,6 +778,12 @@ class Cells:
         moments: dict[str, Any] = library_moments(totals.numpy(), self.batch.cpu().numpy(), self.schema.n_batches)
         return self._copy(library=totals.to(self.library).unsqueeze(-1), schema=replace(self.schema, **moments))
 
+    def without_labels(self) -> Cells:
+        """The same cells with every label unknown; their annotation in ``obs`` stays."""
+        self._asked("label")
+        column = self.schema.label.column  # type: ignore[union-attr]
+        return self._copy(codes=self.codes | {column: torch.full_like(self.codes[column], -1)})
+
     def without_counts(self) -> Cells:
         """The same cells with counts to be drawn; their library stays."""
         return self._copy(_counts=None, _rows=None, _x=None)

@@ -97,7 +97,7 @@ def summed_out(program: Program, model: poutine.Trace, cells: Cells, n_draws: in
     summed = Enumerated(program.n_plates, n_draws is not None)
     for name in sites_of(model):
         site: Any = model.nodes[name]
-        if not is_computed(site) and (name in program.enumerated or summed.concerns(site)):
+        if program.enumerated and not is_computed(site) and (name in program.enumerated or summed.concerns(site)):
             summed.add(name, site, cells)
     return summed
 
@@ -295,6 +295,7 @@ def log_weight(program: Program, guide: poutine.Trace, block: Cells, n_draws: in
             if (
                 not is_computed(site)
                 and in_cells(site)
+                and not (trace is guide and site["is_observed"])
                 and name not in program.enumerated
                 and not summed.concerns(site)
             ):

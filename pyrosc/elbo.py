@@ -5,6 +5,10 @@ ELBO = E_q[log p(x | latents)] - sum over latent sites of KL(q || p)
 Discrete sites that a story marks with ``infer={"enumerate": "parallel"}`` are summed out exactly, cell by cell:
 
 ELBO = E_q[log sum_y p(y) p(z | y) p(x | z, y)] - E_q[log q(z)]
+
+Those that the guide draws, marked the same, are summed over in expectations:
+
+ELBO = E_q(z) sum_y q(y | z) E_q(u | z, y)[log p(y, u, z, x) - log q(z, y, u)]
 """
 
 from __future__ import annotations
@@ -16,8 +20,9 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import Independent, LogNormal, MaskedDistribution, Normal, TransformedDistribution
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor
+from torch import Tensor, nn
 
 from .cells import Cells
 from .guides import is_computed, is_enumerated
@@ -45,13 +50,33 @@ def weighed(values: Tensor, site: Any, cells: Cells) -> Tensor:
     return values if isinstance(scale, float | int) and scale == 1 else values * scale
 
 
-def kl(guide_site: Any, model_site: Any) -> Tensor:
-    """KL term of one latent site, of its batch shape: in closed form, else log q - log p at the draw."""
-    closed = analytic_kl(guide_site["fn"], model_site["fn"])
-    if closed is not None:
-        return closed
+def kl(guide_site: Any, model_site: Any, *, closed: bool = True) -> Tensor:
+    """KL term of one latent site, of its batch shape: in closed form where that is known and asked for.
+
+    Else log q - log p at the draw, with its gradient through the draw alone (`still`).
+    """
+    found = analytic_kl(guide_site["fn"], model_site["fn"]) if closed else None
+    if found is not None:
+        return found
     value = guide_site["value"]
-    return guide_site["fn"].log_prob(value) - model_site["fn"].log_prob(value)
+    return still(guide_site["fn"]).log_prob(value) - model_site["fn"].log_prob(value)
+
+
+def still(law: Any) -> Any:
+    """The law with its numbers held fixed, so that a density has its gradient through the value alone.
+
+    Normals, log-normals, and what constant maps make of them; any other law is answered as it is.
+    """
+    if type(law) in (Normal, LogNormal):
+        return type(law)(law.loc.detach(), law.scale.detach(), validate_args=False)
+    if isinstance(law, Independent):
+        return Independent(still(law.base_dist), law.reinterpreted_batch_ndims, validate_args=False)
+    if type(law) is MaskedDistribution:
+        return MaskedDistribution(still(law.base_dist), law._mask)
+    if type(law) is TransformedDistribution and not any(isinstance(t, nn.Module) for t in law.transforms):
+        base = still(law.base_dist)
+        return law if base is law.base_dist else TransformedDistribution(base, law.transforms, validate_args=False)
+    return law
 
 
 @dataclass
@@ -62,6 +87,7 @@ class Terms:
     local_kl : site -> (n,)
     global_kl : site -> ()  once for the whole data set
     global_observed : () log density of what was observed of all cells together
+    side : (n,) what the guide's factors add to the objective of training, and is no part of the ELBO
     z_mean : (n, K) the guide's mean of z, None where there is no closed one
     """
 
@@ -69,6 +95,7 @@ class Terms:
     local_kl: dict[str, Tensor] = field(default_factory=dict)
     global_kl: dict[str, Tensor] = field(default_factory=dict)
     global_observed: Tensor | float = 0.0
+    side: Tensor | None = None
     z_mean: Tensor | None = None
 
     @property
@@ -82,8 +109,9 @@ def elbo_terms(program: Program, cells: Cells) -> Terms:
 
     Each is as of one cell: plate scales do not enter.
     """
-    guide = poutine.trace(program.guide).get_trace(cells)
+    guide = run_guide(program, cells)
     model = follow(program, guide, cells)
+    expected = Expectation(program, guide)
     drawn: dict[str, Any] = guide.nodes
     nodes: dict[str, Any] = model.nodes
     terms = Terms(cells.library.new_zeros(len(cells)))
@@ -91,11 +119,14 @@ def elbo_terms(program: Program, cells: Cells) -> Terms:
     for name, site in nodes.items():
         if site["type"] != "sample" or site_is_subsample(site) or is_computed(site):
             continue
-        if name in program.enumerated or summed.concerns(site):
+        if program.enumerated and (name in program.enumerated or summed.concerns(site)):
             summed.add(name, site, cells)
             continue
-        value = site["fn"].log_prob(site["value"]) if site["is_observed"] else kl(drawn[name], site)
-        value = weighed(value, site, cells)
+        if site["is_observed"]:
+            value = site["fn"].log_prob(site["value"])
+        else:
+            value = kl(drawn[name], site, closed=name not in program.noisy)
+        value = expected(weighed(value, site, cells))
         if site["is_observed"] and not in_cells(site):
             terms.global_observed = terms.global_observed + value.sum()
         elif site["is_observed"]:
@@ -113,12 +144,54 @@ def elbo_terms(program: Program, cells: Cells) -> Terms:
             terms.local_kl[name] = term - prior
             prior = torch.zeros_like(prior)
         terms.reconstruction = terms.reconstruction + prior
+    terms.side = side_terms(guide, cells)
     if "z" in terms.local_kl:
         try:
             terms.z_mean = drawn["z"]["fn"].mean
         except NotImplementedError:
             pass
     return terms
+
+
+def side_terms(guide: poutine.Trace, cells: Cells) -> Tensor | None:
+    """(n,) what factors of a guide add to the objective: such as how well it tells known labels; None without any.
+
+    A factor in a guide counts against it (``pyro.factor(name, -term, has_rsample=False)``), as in Pyro's objectives.
+    """
+    found = None
+    nodes: dict[str, Any] = guide.nodes
+    for site in nodes.values():
+        if site["type"] == "sample" and site["is_observed"] and not site_is_subsample(site) and not is_computed(site):
+            value = -of_cells(weighed(site["fn"].log_prob(site["value"]), site, cells))
+            found = value if found is None else found + value
+    return found
+
+
+def run_guide(program: Program, cells: Cells) -> poutine.Trace:
+    """One run of the guide; discrete sites that it draws to be summed over take all their values at once."""
+    run: Any = program.guide
+    if program.guided_sums:
+        run = poutine.enum(run, first_available_dim=-1 - program.n_plates)
+    return poutine.trace(run).get_trace(cells)
+
+
+class Expectation:
+    """Expectations over the guide's discrete sites: densities of shape (values..., plates, n) to (plates, n)."""
+
+    def __init__(self, program: Program, guide: poutine.Trace) -> None:
+        self.n_batch = program.n_plates
+        self.weight: Any = None
+        nodes: dict[str, Any] = guide.nodes
+        if program.guided_sums:
+            logs = [nodes[name]["fn"].log_prob(nodes[name]["value"]) for name in program.guided_sums]
+            self.weight = sum(logs[1:], logs[0]).exp()
+
+    def __call__(self, values: Tensor) -> Tensor:
+        front = values.dim() - self.n_batch
+        if self.weight is None or front <= 0:
+            return values
+        weighted = self.weight * values
+        return weighted.sum(tuple(range(weighted.dim() - self.n_batch)))
 
 
 def follow(program: Program, guide: poutine.Trace, cells: Cells, n_draws: int | None = None) -> poutine.Trace:

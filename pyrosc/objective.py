@@ -7,13 +7,12 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Independent, LogNormal, MaskedDistribution, Normal, TransformedDistribution
 from pyro.infer import TraceMeanField_ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor, nn
+from torch import Tensor
 
-from .elbo import in_cells, kl, of_cells
+from .elbo import in_cells, kl, of_cells, still
 from .program import analytic_kl
 
 
@@ -100,23 +99,6 @@ def _total(values: Tensor, site: Any) -> Tensor:
     if isinstance(mask, Tensor):
         values = torch.where(mask, values, 0.0)
     return values.sum() * scale if isinstance(scale, float | int) else (values * scale).sum()
-
-
-def still(law: Any) -> Any:
-    """The law with its numbers held fixed, so that a density has its gradient through the value alone.
-
-    Normals, log-normals, and what constant maps make of them; any other law is answered as it is.
-    """
-    if type(law) in (Normal, LogNormal):
-        return type(law)(law.loc.detach(), law.scale.detach(), validate_args=False)
-    if isinstance(law, Independent):
-        return Independent(still(law.base_dist), law.reinterpreted_batch_ndims, validate_args=False)
-    if type(law) is MaskedDistribution:
-        return MaskedDistribution(still(law.base_dist), law._mask)
-    if type(law) is TransformedDistribution and not any(isinstance(t, nn.Module) for t in law.transforms):
-        base = still(law.base_dist)
-        return law if base is law.base_dist else TransformedDistribution(base, law.transforms, validate_args=False)
-    return law
 
 
 class KLWeight(Messenger):

@@ -26,6 +26,7 @@ from .errors import ProgramError
 from .posterior import Fit
 
 _KEPT = 2000  # cells
+_EXAMPLES = 200  # labelled cells of a type
 LITTLE = 0.2  # overlap below which a cell counts as without
 _AUC = 0.75
 
@@ -46,10 +47,23 @@ class Landmarks:
     @classmethod
     def of(cls, fit: Fit, cells: Cells, seed: int) -> Landmarks | None:
         """2,000 cells at random, or all; None for a story without a state of each cell."""
-        some = np.sort(np.random.default_rng(seed).permutation(len(cells))[:_KEPT])
-        chosen = cells[some]
+        return cls._at(fit, cells, np.sort(np.random.default_rng(seed).permutation(len(cells))[:_KEPT]))
+
+    @classmethod
+    def of_labels(cls, fit: Fit, cells: Cells, seed: int) -> Landmarks | None:
+        """Up to 200 labelled cells of each label, at random; None where no label is known."""
+        if cells.schema.label is None:
+            return None
+        codes = cells.label.cpu().numpy()
+        order = np.random.default_rng(seed).permutation(len(cells))
+        found = [order[codes[order] == code][:_EXAMPLES] for code in np.unique(codes[codes >= 0])]
+        return cls._at(fit, cells, np.sort(np.concatenate(found))) if found else None
+
+    @classmethod
+    def _at(cls, fit: Fit, cells: Cells, positions: np.ndarray) -> Landmarks | None:
+        chosen = cells[positions]
         try:
-            loc = fit._centres(chosen)
+            loc = fit._centres(chosen.without_labels() if cells.schema.label is not None else chosen)
         except ProgramError:
             return None
         columns = {name: code.cpu() for name, code in chosen.codes.items()}

@@ -52,14 +52,16 @@ class Fit:
     landmarks : Landmarks or None
         States of up to 2,000 of the training cells and the columns they had: by them counterfactuals tell where the
         decoder extrapolates.
+    examples : Landmarks or None
+        States of up to 200 labelled training cells of each label: by them cells of no known type are told.
     """
 
     def __init__(
         self, program: Program, history: pd.DataFrame, settings: dict[str, Any], members: Sequence[Program] = (),
-        landmarks: Landmarks | None = None,
+        landmarks: Landmarks | None = None, examples: Landmarks | None = None,
     ) -> None:  # fmt: skip
         self.program, self.history, self.settings = program.eval(), history, settings
-        self.landmarks = landmarks
+        self.landmarks, self.examples = landmarks, examples
         self.members = tuple(member.eval() for member in members)
         self._said = False  # one warning a call
 
@@ -89,7 +91,7 @@ class Fit:
     def to(self, device: torch.device | str) -> Fit:
         """The same fit on another device; this one stays where it is."""
         members = [member.copy().to(device) for member in self.members]
-        return Fit(self.program.copy().to(device), self.history, self.settings, members, self.landmarks)
+        return Fit(self.program.copy().to(device), self.history, self.settings, members, self.landmarks, self.examples)
 
     # ---- questions ----------------------------------------------------------------------------
 
@@ -339,6 +341,113 @@ class Fit:
         cells = self._ready(cells)
         at, names = self._genes(genes)
         return technical_zeros(self, cells, at, names, _whole("n_draws", n_draws, 1), seed)
+
+    def label_probabilities(
+        self,
+        cells: Cells | anndata.AnnData,
+        *,
+        by: str = "story",
+        k: int = 50,
+        n_draws: int = 25,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """Probability of each type for each cell, averaged over draws of its state.
+
+        Labels of these cells are not used: it is said what their counts tell.
+
+        Parameters
+        ----------
+        by : "story" for q(type | state) of the story (the exact posterior where the model sums types out)
+            "neighbors" for weighted shares of types among the ``k`` nearest labelled cells of the fit.
+        k : neighbours
+        n_draws : S; at least one of each refit of an ensemble
+        seed : draws are random through it
+
+        Returns
+        -------
+        DataFrame
+            (N, C), rows sum to 1, columns in the order of ``schema.label.levels`` (without groups of types).
+
+        Raises
+        ------
+        ProgramError
+            If the story tells no types.
+        """
+        from .annotation import by_neighbors, probabilities, types_of
+
+        if by not in ("story", "neighbors"):
+            raise ValueError(f'by must be "story" or "neighbors", not {by!r}')
+        n_draws, types = _whole("n_draws", n_draws, 1), types_of(self)
+        cells = self._ready(cells)
+        if by == "neighbors":
+            found = by_neighbors(self, cells, _whole("k", k, 1), n_draws, seed)
+        else:
+            found = probabilities(self, cells, n_draws, seed)
+        return pd.DataFrame(found.double().numpy(), index=cells.names, columns=list(map(str, types)))
+
+    def labels(
+        self,
+        cells: Cells | anndata.AnnData,
+        threshold: float | None = None,
+        *,
+        novelty: float | None = None,
+        n_draws: int = 25,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """The type of each cell, or "unknown".
+
+        Parameters
+        ----------
+        threshold : probability below which a cell is "unknown"; None names the most probable type however sure
+            `check.labels` chooses one for the accuracy wanted.
+        novelty : level of a test that the cell is of a known type, such as 0.01: below it a cell is "unknown"
+            That share of the cells of known types is lost by it.
+        n_draws : S
+        seed : draws are random through it
+
+        Returns
+        -------
+        DataFrame
+            By cell: "label" (a Categorical), "probability" of the most probable type, and "p_known", the share of
+            labelled cells of the fit that lie as far from the types as this cell or farther (Mahalanobis distance of
+            states to the nearest type's mean). A type that the fit knows nothing of may be named with a probability of
+            1, while "p_known" is near 0.
+
+        Raises
+        ------
+        ValueError
+            If a threshold is out of range.
+        ProgramError
+            If the story tells no types.
+        """
+        from .annotation import annotated
+
+        for name, value in (("threshold", threshold), ("novelty", novelty)):
+            if value is not None and (isinstance(value, bool) or not 0 < value < 1):
+                raise ValueError(f"{name} must be between 0 and 1, or None, not {value!r}")
+        return annotated(self, self._ready(cells), threshold, novelty, _whole("n_draws", n_draws, 1), seed)
+
+    def with_temperature(self, cells: Cells | anndata.AnnData, *, n_draws: int = 25, seed: int = 0) -> Fit:
+        """The same fit with log odds of types divided by a temperature that suits these cells' labels.
+
+        Parameters
+        ----------
+        cells : with labels, that were not labelled in training; at least 20
+            The temperature that gives their labels the largest likelihood (Guo et al. 2017, ICML), between 0.2 and 5.
+
+        Returns
+        -------
+        Fit
+            Its ``settings["label_temperature"]`` is above 1 where probabilities were too sure.
+
+        Raises
+        ------
+        ValueError
+            If fewer than 20 of the cells have a label.
+        """
+        from .annotation import temperature
+
+        return temperature(self, self._ready(cells), _whole("n_draws", n_draws, 1), seed)
 
     def outliers(
         self, cells: Cells | anndata.AnnData, *, fdr: float = 0.1, n_draws: int = 200, seed: int = 0

@@ -29,7 +29,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
-from .agreement import check_mean_field, check_sites
+from .agreement import check_mean_field, check_sites, drawn_backwards
 from .cells import Cells
 from .dispersions import NoDispersion
 from .errors import ProgramError
@@ -95,7 +95,10 @@ class Program(nn.Module):
         self._quiet = False
         self._sizes: dict[str, int] = {}
         self.enumerated: list[str] = []  # discrete sites that the story sums out
-        self.n_combinations = 1  # of their values
+        self.guided_sums: list[str] = []  # discrete sites that the guide draws, and objectives sum over
+        self.has_factors = False  # whether the guide adds to the objective by pyro.factor
+        self.noisy: set[str] = set()  # sites whose prior depends on what the guide draws after them
+        self.n_combinations = 1  # of the values of sites that are summed out
         self.has_globals = False  # whether a latent site is one for all cells
         self.n_plates = 1  # nested plates, that of cells included
         self._assemble(given)
@@ -198,7 +201,13 @@ class Program(nn.Module):
                 )
             self.n_plates = plate_depth(*traces)
             self.has_globals = any(all(f.name != "cells" for f in s["cond_indep_stack"]) for s in drawn.values())
+            self._settle_sums(traces)
             self.enumerated = [n for n, site in drawn.items() if n not in names and is_enumerated(site)]
+            if self.enumerated and self.guided_sums:
+                raise ProgramError(
+                    f"{self.story} sums out {listed(self.enumerated)} in the model and {listed(self.guided_sums)} in "
+                    "the guide: leave all to the model, or draw all in the guide"
+                )
             for name in self.enumerated:
                 check_enumerated(name, drawn[name])
             if self.enumerated:
@@ -213,6 +222,22 @@ class Program(nn.Module):
         self.completion.to(self.device, self.dtype)
         if "encoder" in self.parts and "encoder" not in wanted and not any(site.in_cells for site in sites):
             raise ProgramError(f'no part "encoder" is used by {self.story}: leave it out')
+
+    def _settle_sums(self, traces: list[poutine.Trace]) -> None:
+        """Discrete sites that the guide function draws, marked to be summed over; and what their order asks for."""
+        guide: dict[str, Any] = traces[0].nodes if len(traces) > 1 else {}
+        self.guided_sums = [n for n, s in guide.items() if s["type"] == "sample" and is_enumerated(s)]
+        self.has_factors = any(
+            s["type"] == "sample" and s["is_observed"] and not is_computed(s) and not site_is_subsample(s)
+            for s in guide.values()
+        )
+        for name in self.guided_sums:
+            check_enumerated(name, guide[name])
+        self.noisy = set()
+        if self.guided_sums:
+            blank = self.blank(3)
+            made = get_model_relations(self._by_hand, (blank,)), get_model_relations(self.model, (blank,))
+            self.noisy = drawn_backwards(*made)
 
     def _check_enumerating(self, blank: Cells) -> None:
         run = poutine.enum(self.model, first_available_dim=-1 - self.n_plates)
@@ -447,6 +472,11 @@ class Program(nn.Module):
             if site["type"] == "sample" and not site_is_subsample(site)
         }
 
+    @property
+    def has_own_bound(self) -> bool:
+        """Whether training takes a bound that ``TraceMeanField_ELBO`` does not know."""
+        return bool(self.enumerated or self.guided_sums or self.has_factors)
+
     def _check_fixed(self, values: Mapping[str, Tensor], trace: poutine.Trace) -> None:
         nodes: dict[str, Any] = trace.nodes
         sites = [n for n, s in nodes.items() if s["type"] == "sample" and not site_is_subsample(s)]
@@ -480,14 +510,15 @@ class Program(nn.Module):
             follow = poutine.replay(self.model, trace=guide)
             drawn = f"\nDrawn by the guide:\n{guide.format_shapes()}"
             model = self._run(cells, lambda: poutine.trace(follow).get_trace(cells), drawn)
-            check_sites(guide, model, cells, self.enumerated)
+            check_sites(guide, model, cells, self.enumerated, self.guided_sums)
             try:
                 guide.compute_log_prob()
                 model.compute_log_prob()
             except (RuntimeError, ValueError) as error:
                 raise ProgramError(f"{error}\nShapes (batch | event):\n{model.format_shapes()}") from error
             self._check_reading(model, cells)
-            check_mean_field(get_model_relations(self.guide, (cells,)), get_model_relations(self.model, (cells,)))
+            relations = get_model_relations(self.guide, (cells,)), get_model_relations(self.model, (cells,))
+            check_mean_field(*relations, self.noisy)
 
     def _check_reading(self, model: poutine.Trace, cells: Cells) -> None:
         """The story may observe the counts, and not read them otherwise: they would be used twice."""
@@ -521,7 +552,7 @@ class Program(nn.Module):
         return any(
             name in drawn
             and any(f.name == "cells" for f in site["cond_indep_stack"])
-            and analytic_kl(drawn[name]["fn"], site["fn"]) is None
+            and (name in self.noisy or analytic_kl(drawn[name]["fn"], site["fn"]) is None)
             for name, site in latent_sites(model).items()
         )
 
@@ -554,7 +585,9 @@ class Program(nn.Module):
                 by = "observed"
             elif name in guide.nodes:
                 by = law_of(guide.nodes[name]["fn"]) + (" (completed)" if name in self.completion.names else "")
-                kl = "analytic" if analytic_kl(guide.nodes[name]["fn"], site["fn"]) is not None else "Monte Carlo"
+                closed = name not in self.noisy and analytic_kl(guide.nodes[name]["fn"], site["fn"]) is not None
+                kl = "analytic" if closed else "Monte Carlo"
+                by += " (summed out)" if name in self.guided_sums else ""
             elif name in self.enumerated:
                 by = "summed out"
             rows.append((name, "cells" if in_plate else "", shape, law, by, kl))

@@ -38,9 +38,10 @@ from .dispersions import (
     TrendPrior,
 )
 from .errors import PyroscWarning
+from .labels import Classifier, LabelPrior, TypeNormal
 from .libraries import GivenLibrary, LatentLibrary, ObservedLibrary
 from .likelihoods import NBLikelihood, PoissonLikelihood, ZINBLikelihood
-from .models import scvi
+from .models import scanvi, scvi
 from .networks import Decoder, Encoder, LinearDecoder
 from .overlap import Landmarks
 from .parts import Part
@@ -50,11 +51,14 @@ from .program import Program
 from .schema import Schema, listed
 
 _MEMBER = "members."  # before the names of an ensemble's tensors
-_MARKS = "landmarks."
+_MARKS = {"landmarks": "landmarks.", "examples": "examples."}  # and of states of cells
 FORMAT = 1
 _ENTRY = "pyrosc"
 
-STORIES: dict[str, tuple[Callable[..., None], Callable[..., None] | None]] = {"scvi": (scvi.model, scvi.guide)}
+STORIES: dict[str, tuple[Callable[..., None], Callable[..., None] | None]] = {
+    "scvi": (scvi.model, scvi.guide),
+    "scanvi": (scanvi.model, scanvi.guide),
+}
 
 PARTS: dict[str, type[Part]] = {
     part.__name__: part
@@ -62,6 +66,7 @@ PARTS: dict[str, type[Part]] = {
         Prior, MixturePrior, VampPrior, FlowPrior, ObservedLibrary, GivenLibrary, LatentLibrary,
         GeneDispersion, BatchDispersion, LabelDispersion, CellDispersion, NoDispersion, InverseSqrtPrior, TrendPrior,
         NBLikelihood, ZINBLikelihood, PoissonLikelihood, Encoder, Decoder, LinearDecoder,
+        LabelPrior, Classifier, TypeNormal,
     )
 }  # fmt: skip
 
@@ -87,10 +92,12 @@ def save(fit: Fit, path: Any, *, overwrite: bool = False) -> None:
         for prefix, program in programs.items()
         for name, value in program.state_dict().items()
     }
-    if fit.landmarks is not None:
-        tensors[f"{_MARKS}loc"] = fit.landmarks.loc.cpu().contiguous().clone()
-        tensors[f"{_MARKS}log_total"] = fit.landmarks.log_total.clone()
-        tensors |= {f"{_MARKS}columns.{name}": value.clone() for name, value in fit.landmarks.columns.items()}
+    for name, start in _MARKS.items():
+        marks = getattr(fit, name)
+        if marks is not None:
+            tensors[f"{start}loc"] = marks.loc.cpu().contiguous().clone()
+            tensors[f"{start}log_total"] = marks.log_total.clone()
+            tensors |= {f"{start}columns.{column}": value.clone() for column, value in marks.columns.items()}
     text = json.dumps(_described(fit) | {"checksum": _checksum(tensors)}, allow_nan=False)
     _replace(path, to_bytes(tensors, metadata={_ENTRY: text}))
 
@@ -246,7 +253,12 @@ def load(
     if strange:
         raise ValueError(f"{path.name} has no part {listed(sorted(strange))}; its parts: {listed(parts, 20)}")
     program = Program(functions[0], Cells.empty(schema), functions[1], seed=held["seed"], **parts)
-    _fill(program, {k: v for k, v in tensors.items() if not k.startswith((_MEMBER, _MARKS))}, held["frozen"], path)
+    _fill(
+        program,
+        {k: v for k, v in tensors.items() if not k.startswith((_MEMBER, *_MARKS.values()))},
+        held["frozen"],
+        path,
+    )
     sites = _sites(program)
     if sites != held["sites"]:
         raise ValueError(f"the story's sites are {sites}, but {path.name} was saved with {held['sites']}")
@@ -259,12 +271,16 @@ def load(
         member = program.copy()
         _fill(member, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, [], path)
         members.append(member.to(device))
-    landmarks = None
-    if f"{_MARKS}loc" in tensors:
-        start = f"{_MARKS}columns."
-        columns = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
-        landmarks = Landmarks(tensors[f"{_MARKS}loc"], tensors[f"{_MARKS}log_total"], columns)
-    return Fit(program.to(device), history, held["settings"], members, landmarks)
+    marks = {name: _marks(tensors, start) for name, start in _MARKS.items()}
+    return Fit(program.to(device), history, held["settings"], members, **marks)
+
+
+def _marks(tensors: dict[str, Tensor], start: str) -> Landmarks | None:
+    if f"{start}loc" not in tensors:
+        return None
+    front = f"{start}columns."
+    columns = {name.removeprefix(front): value for name, value in tensors.items() if name.startswith(front)}
+    return Landmarks(tensors[f"{start}loc"], tensors[f"{start}log_total"], columns)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

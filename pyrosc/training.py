@@ -25,13 +25,14 @@ import numpy as np
 import pandas as pd
 import pyro
 import torch
+from pyro import poutine
 from pyro.infer import ELBO
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from .cells import Cells
 from .counts import logger, may_look, require_memory
-from .elbo import elbo_terms
+from .elbo import elbo_terms, side_terms
 from .errors import FitError, PyroscWarning
 from .guides import is_computed
 from .isolation import checked_seed
@@ -56,6 +57,7 @@ _LEARNED_STEPS = 1500
 # With global sites no held-out cells end a fit, and small data are overfitted by more: on 560 cells of PBMC 1,200 steps
 # cost 15 nats a held-out cell.
 _GLOBAL_STEPS = 600
+_LABELLED = 256  # most labelled cells of a step, of whom the guide's factors are asked
 _SKIPS = 10  # steps in a row whose gradient is not finite
 _DEAD = 0.01  # variance over cells of a latent's posterior mean, below which it says nothing (Burda et al. 2016)
 
@@ -203,7 +205,7 @@ def fit(
             failure.fit = run.result("failed")
             raise failure from error
     result = run.result(run.state)
-    result.landmarks = Landmarks.of(result, cells, seed)
+    result.landmarks, result.examples = Landmarks.of(result, cells, seed), Landmarks.of_labels(result, cells, seed)
     _remarks(result, run)
     if ensemble and run.state != "interrupted":
         _refit(result, cells, ensemble, validation, objective, device, progress)
@@ -309,9 +311,10 @@ def _check_objective(objective: Any, program: Program) -> None:
         raise ValueError(f"objective must be a pyro.infer.ELBO, such as TraceMeanField_ELBO(), not {objective!r}")
     if not hasattr(objective, "differentiable_loss"):
         raise ValueError(f"objective: {type(objective).__name__} has no differentiable_loss, which training needs")
-    if program.enumerated:
+    if program.has_own_bound:
         raise ValueError(
-            f"objective: this story sums out {listed(program.enumerated)} by a bound of its own; leave objective=None"
+            f"objective: this story sums out {listed(program.enumerated + program.guided_sums)}, or its guide adds a "
+            "factor, by a bound of its own; leave objective=None"
         )
 
 
@@ -393,6 +396,13 @@ class _Run:
         self.step, self.skipped, self.skipped_in_row = 0, 0, 0
         self.weight = 0.0
         self.seconds = 0.0
+        # Factors of a guide tell labels, so only labelled cells have something to say to them.
+        self.labelled: Cells | None = None
+        self.side_order = torch.Generator().manual_seed(given["seed"])
+        self.side_batches: Iterator[Cells] = iter(())
+        if program.has_factors and train.schema.label is not None and not bool((train.label >= 0).all()):
+            known = torch.nonzero(train.label >= 0).squeeze(-1)
+            self.labelled = train.rows(known, whole=True) if len(known) else None
         self.settings: dict[str, Any] = {"n_cells": len(train), "n_held_out": 0 if held_out is None else len(held_out)}
         self.good = self._weights()
         self.elbo: Any = MeanFieldELBO(max_plate_nesting=program.n_plates) if objective is None else objective
@@ -406,17 +416,29 @@ class _Run:
 
     def loss(self, batch: Cells) -> tuple[Tensor, dict[str, Tensor]]:
         """Minus the weighted ELBO in nats per cell, and the KL of each site in nats per cell."""
-        if not self.program.enumerated:
+        if not self.program.has_own_bound:
             loss = self.elbo.differentiable_loss(self.model, self.guide, batch) / batch.total
             return loss, (self.kl if self.kl.keep else self.elbo).kl_terms(batch.total)
-        # TraceMeanField_ELBO does not know of sites that are summed out.
+        # TraceMeanField_ELBO does not know of sites that are summed out, nor of factors in a guide.
         terms = elbo_terms(self.program, batch)
         kls = {name: term.mean() for name, term in terms.local_kl.items()}
         kls |= {name: term / batch.total for name, term in terms.global_kl.items()}
         loss = (
             self.kl.weight * sum(kls.values(), torch.zeros_like(terms.reconstruction[0])) - terms.reconstruction.mean()
         )
+        if terms.side is not None:
+            loss = loss - (terms.side.mean() if self.labelled is None else self._side())
         return loss, {name: term.detach() for name, term in kls.items()}
+
+    def _side(self) -> Tensor:
+        """What the guide's factors add, per cell: read from labelled cells alone, of which a mini-batch has few."""
+        pool: Any = self.labelled
+        some = next(self.side_batches, None)
+        if some is None:
+            self.side_batches = minibatches(pool, min(len(pool), _LABELLED), self.side_order)
+            some = next(self.side_batches)
+        term: Any = side_terms(poutine.trace(self.program.guide).get_trace(some), some)
+        return term.mean() * (len(pool) / len(self.train))
 
     # ---- before the first step ----------------------------------------------------------------
 

@@ -3,9 +3,10 @@
 from ..psis import pareto_k
 from .compare import compare, paired, thinned_log_likelihood
 from .importance import importance
+from .labels import labels
 from .predictive import pit, posterior_predictive, prior_predictive
 
 __all__ = [
-    "compare", "importance", "paired", "pareto_k", "pit", "posterior_predictive", "prior_predictive",
+    "compare", "importance", "labels", "paired", "pareto_k", "pit", "posterior_predictive", "prior_predictive",
     "thinned_log_likelihood",
 ]  # fmt: skip

@@ -1,0 +1,208 @@
+"""Annotation: which type a cell is of, by what a Fit says of its counts, and whether it is of any that it knows."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import optimize
+from torch import Tensor
+
+from .cells import Cells
+from .draws import by_block, draw_guide, in_front, sites_of, summed_out
+from .elbo import follow
+from .errors import ProgramError
+from .posterior import Fit
+from .program import Program
+from .schema import listed
+
+UNKNOWN = "unknown"
+_SHRINK = 10.0  # examples that the common covariance counts for beside those at hand
+
+
+def types_of(fit: Fit) -> list[Any]:
+    """Names of the types that a story tells apart, in order.
+
+    Raises
+    ------
+    ProgramError
+        If there are none.
+    """
+    types = getattr(dict(fit.program.parts.items()).get("labels"), "types", None)
+    if types is not None:
+        return list(types)
+    if fit.schema.label is None:
+        raise ProgramError(
+            f"{fit.program.story} was fitted without labels: Cells.from_anndata(adata, label=...), then "
+            "pyrosc.scanvi(cells), or pyrosc.scvi(cells, prior=MixturePrior(labels=True))"
+        )
+    return list(fit.schema.label.levels)
+
+
+# ---- by the story ---------------------------------------------------------------------------
+
+
+def probabilities(fit: Fit, cells: Cells, n_draws: int, seed: int) -> Tensor:
+    """(N, C) probability of each type, averaged over draws; cells in the order of the fit, their labels not used."""
+    n_types, cells = len(types_of(fit)), cells.without_labels()
+    sharpness = 1 / fit.settings.get("label_temperature", 1.0)
+    total: Any = 0
+    members = fit.members or (fit.program,)
+    for m, (member, n) in enumerate(zip(members, np.bincount(fit.member_of(n_draws)).tolist())):
+        found = list(_of_program(member, cells, n, seed + m, n_types, sharpness))
+        total = total + torch.cat(found) * (n / n_draws)
+    return total
+
+
+def _of_program(
+    program: Program, cells: Cells, n_draws: int, seed: int, n_types: int, sharpness: float
+) -> Iterator[Tensor]:
+    each = in_front(program, cells, n_draws)
+
+    def ask(block: Cells) -> Tensor:
+        found = [_log_odds(program, block, n, n_types) for n in each]
+        both = torch.cat([f.reshape(-1, len(block), f.shape[-1]) for f in found])
+        return (sharpness * both).softmax(-1).mean(0).cpu()
+
+    yield from by_block(program, [cells], n_draws * program.n_combinations, seed, ask)
+
+
+def _log_odds(program: Program, block: Cells, n: int | None, n_types: int) -> Tensor:
+    """(S, n, C) log probability of the types given each draw, up to a constant."""
+    guide = draw_guide(program, block, n)
+    nodes: dict[str, Any] = guide.nodes
+    if "y" in nodes and nodes["y"]["fn"].has_enumerate_support:
+        return nodes["y"]["fn"].logits
+    if program.enumerated == ["y"]:
+        return summed_out(program, follow(program, guide, block, n), block, n).table().movedim(0, -1)
+    prior = dict(program.parts.items()).get("prior")
+    if "z" in nodes and hasattr(prior, "responsibilities"):
+        return prior.responsibilities(nodes["z"]["value"], block)[..., :n_types].log()
+    raise ProgramError(
+        f'{program.story} tells no types: it needs a discrete site "y" with the labels for values, or a prior that '
+        f"answers responsibilities(z, cells). Its guide draws {listed(sites_of(guide))}"
+    )
+
+
+def truths(fit: Fit, cells: Cells) -> np.ndarray:
+    """(N,) place of each cell's label among the types; -1 for none, or one that stands for several."""
+    factor = fit.schema.label
+    types = types_of(fit)
+    place = [types.index(v) if v in types else -1 for v in (factor.levels if factor is not None else ())]
+    return np.array([*place, -1])[cells.label.cpu().numpy()]
+
+
+def temperature(fit: Fit, cells: Cells, n_draws: int, seed: int) -> Fit:
+    """See `Fit.with_temperature`."""
+    truth = truths(fit, cells)
+    known = np.flatnonzero(truth >= 0)
+    if len(known) < 20:
+        raise ValueError(f"{len(known)} of these cells have a label, and a temperature takes at least 20")
+    cells = cells[known]
+    made = copy.copy(fit)
+
+    def loss(log_temperature: float) -> float:
+        made.settings = fit.settings | {"label_temperature": float(np.exp(log_temperature))}
+        share = probabilities(made, cells, n_draws, seed).numpy()
+        return -float(np.log(np.maximum(share[np.arange(len(cells)), truth[known]], 1e-12)).mean())
+
+    best = optimize.minimize_scalar(loss, bounds=(np.log(0.2), np.log(5.0)), method="bounded", options={"xatol": 0.02})
+    made.settings = fit.settings | {"label_temperature": float(np.exp(best.x))}
+    return made
+
+
+# ---- beside the examples --------------------------------------------------------------------
+
+
+def strangeness(z: Tensor, examples: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """How far states (N, K) are from the nearest type, and how far examples are from the others of theirs.
+
+    Squared Mahalanobis distance to the mean of a type's examples (M, K), in units of one covariance for all types, a
+    little of its diagonal mixed in where examples are few. Of an example, the mean is that of the others.
+    """
+    z, examples = z.double().cpu(), examples.double().cpu()
+    kinds = label.unique()
+    counts = torch.stack([(label == k).sum() for k in kinds]).double()
+    means = torch.stack([examples[label == k].mean(0) for k in kinds])
+    at = torch.searchsorted(kinds, label)
+    within = examples - means[at]
+    free = max(len(examples) - len(kinds), 1)
+    covariance = within.T @ within / free
+    share = _SHRINK / (_SHRINK + free)
+    covariance = (1 - share) * covariance + share * torch.diag(covariance.diagonal().clamp(min=1e-6))
+    root = torch.linalg.cholesky(covariance + 1e-9 * torch.eye(len(covariance), dtype=torch.float64))
+
+    def apart(points: Tensor) -> Tensor:  # (n, types)
+        away = points.unsqueeze(1) - means
+        return (
+            torch.linalg.solve_triangular(root, away.flatten(0, 1).T, upper=False).square().sum(0).view(len(points), -1)
+        )
+
+    found, own = apart(z).min(1).values, apart(examples)
+    # Without itself the mean of n is further from an example by n / (n - 1).
+    factor = (counts / (counts - 1).clamp(min=0.5))[at].square()
+    own[torch.arange(len(own)), at] *= factor
+    return found, own.min(1).values
+
+
+def p_known(fit: Fit, cells: Cells) -> np.ndarray:
+    """(N,) conformal p-value that a cell's state is one of the types known: among labelled cells of the fit."""
+    marks = fit.examples
+    column = fit.schema.label.column if fit.schema.label is not None else ""
+    if marks is None or column not in marks.columns:
+        raise ProgramError(
+            f"{fit.program.story} has no labelled cells to set beside these, or was saved without them: fit again"
+        )
+    found, own = strangeness(fit._centres(cells.without_labels()), marks.loc, marks.columns[column])
+    order = torch.sort(own).values
+    rank = torch.searchsorted(order, found, side="left")
+    return ((1 + len(order) - rank) / (len(order) + 1)).numpy()
+
+
+def annotated(
+    fit: Fit, cells: Cells, threshold: float | None, novelty: float | None, n_draws: int, seed: int
+) -> pd.DataFrame:
+    """See `Fit.labels`."""
+    types = types_of(fit)
+    share = probabilities(fit, cells, n_draws, seed).numpy()
+    best = share.argmax(1)
+    surest = share[np.arange(len(share)), best]
+    known = p_known(fit, cells)
+    is_unknown = np.zeros(len(cells), dtype=bool)
+    if threshold is not None:
+        is_unknown |= surest < threshold
+    if novelty is not None:
+        is_unknown |= known < novelty
+    names = np.array([*map(str, types), UNKNOWN], dtype=object)
+    label = pd.Categorical(names[np.where(is_unknown, len(types), best)], categories=names)
+    return pd.DataFrame({"label": label, "probability": surest, "p_known": known}, index=cells.names)
+
+
+def by_neighbors(fit: Fit, cells: Cells, k: int, n_draws: int, seed: int) -> Tensor:
+    """(N, C) weighted shares of types among the k nearest labelled cells of the fit, averaged over draws of the state.
+
+    Weights fall with distance as exp(-t sd^2 / 4), sd that of a cell's k distances t (Lotfollahi et al. 2022, Nature
+    Biotechnology 40:121).
+    """
+    marks = fit.examples
+    types = types_of(fit)
+    column = fit.schema.label.column if fit.schema.label is not None else ""
+    if marks is None or column not in marks.columns:
+        raise ProgramError(f"{fit.program.story} has no labelled cells to be neighbours of; fit again with labels")
+    levels = list(fit.schema.label.levels)  # type: ignore[union-attr]
+    place = torch.tensor([types.index(v) if v in types else -1 for v in levels])[marks.columns[column]]
+    loc, place = marks.loc[place >= 0].double(), place[place >= 0]
+    k = min(k, len(loc))
+    own = cells.without_labels()
+    total = torch.zeros(len(cells), len(types), dtype=torch.float64)
+    for z in torch.from_numpy(fit.latent(own, n_draws, seed=seed)).double():
+        for start in range(0, len(z), 1000):
+            distance, at = torch.cdist(z[start : start + 1000], loc).topk(k, largest=False)
+            sd = distance.std(1, keepdim=True) if k > 1 else torch.zeros(len(distance), 1, dtype=torch.float64)
+            weight = (-distance * sd.square() / 4).softmax(1)
+            total[start : start + 1000].scatter_add_(1, place[at], weight)
+    return total / n_draws
