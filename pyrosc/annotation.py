@@ -9,18 +9,22 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from scipy import optimize
+from pyro import poutine
+from scipy import linalg, optimize
 from torch import Tensor
 
 from .cells import Cells
 from .draws import by_block, draw_guide, in_front, sites_of, summed_out
 from .elbo import follow
 from .errors import ProgramError
+from .outliers import combined, conformal
 from .posterior import Fit
 from .program import Program
 from .schema import listed
 
 UNKNOWN = "unknown"
+_FACTORS, _DRAWS, _FEW = 10, 5, 50
+_LARGE = 50.0  # squared residual factor, beyond which more says no more
 _SHRINK = 10.0  # examples that the common covariance counts for beside those at hand
 
 
@@ -78,8 +82,13 @@ def _log_odds(program: Program, block: Cells, n: int | None, n_types: int) -> Te
     if "y" in nodes and nodes["y"]["fn"].has_enumerate_support:
         return nodes["y"]["fn"].logits
     if program.enumerated == ["y"]:
-        return summed_out(program, follow(program, guide, block, n), block, n).table().movedim(0, -1)
-    prior = dict(program.parts.items()).get("prior")
+        found = summed_out(program, follow(program, guide, block, n), block, n).table().movedim(0, -1)
+        if found.shape[-1] != n_types:
+            raise ProgramError(
+                f'"y" has {found.shape[-1]} values and there are {n_types} labels: values are labels, in order'
+            )
+        return found
+    prior: Any = dict(program.parts.items()).get("prior")
     if "z" in nodes and hasattr(prior, "responsibilities"):
         return prior.responsibilities(nodes["z"]["value"], block)[..., :n_types].log()
     raise ProgramError(
@@ -149,7 +158,7 @@ def strangeness(z: Tensor, examples: Tensor, label: Tensor) -> tuple[Tensor, Ten
     return found, own.min(1).values
 
 
-def p_known(fit: Fit, cells: Cells) -> np.ndarray:
+def p_state(fit: Fit, cells: Cells) -> np.ndarray:
     """(N,) conformal p-value that a cell's state is one of the types known: among labelled cells of the fit."""
     marks = fit.examples
     column = fit.schema.label.column if fit.schema.label is not None else ""
@@ -157,10 +166,65 @@ def p_known(fit: Fit, cells: Cells) -> np.ndarray:
         raise ProgramError(
             f"{fit.program.story} has no labelled cells to set beside these, or was saved without them: fit again"
         )
-    found, own = strangeness(fit._centres(cells.without_labels()), marks.loc, marks.columns[column])
-    order = torch.sort(own).values
-    rank = torch.searchsorted(order, found, side="left")
-    return ((1 + len(order) - rank) / (len(order) + 1)).numpy()
+    known = marks.columns[column] >= 0
+    found, own = strangeness(fit._centres(cells.without_labels()), marks.loc[known], marks.columns[column][known])
+    return conformal(found.numpy(), own.numpy())
+
+
+def p_residual(fit: Fit, cells: Cells, seed: int) -> np.ndarray:
+    """(N,) p-value that a cell has no part in what many of these cells have in common and the fit does not explain.
+
+    Counts less their expectation, in sds of their law, less each gene's mean over the cells (what a new batch adds to
+    all): their leading ten factors, each as a robust z-score of cells. A factor weighs (s^2 / s0^2 - 1)^2, for s its
+    singular value and s0 the largest of counts drawn from the fit; none counts unless s > s0. The weighted sum of
+    squares is judged beside that of normal z-scores. Cells of a type that the encoder takes for another stand out so;
+    a type of which there are few cells does not, nor one that most of the cells are of. 1 for fewer than 50 cells.
+    """
+    n = len(cells)
+    if n < _FEW:
+        return np.ones(n)
+    grams: list[Any] = [0, 0]
+    sums: list[Any] = [0, 0]
+    for both in _residuals(fit, cells, seed):
+        for k, residual in enumerate(both):
+            grams[k], sums[k] = grams[k] + residual.T @ residual, sums[k] + residual.sum(0)
+    values, factors = _leading(grams[0] - np.outer(sums[0], sums[0]) / n, _FACTORS)
+    edge, _ = _leading(grams[1] - np.outer(sums[1], sums[1]) / n, 1)
+    weight = np.maximum(0.0, values / edge[0] - 1) ** 2
+    if not weight.any():
+        return np.ones(n)
+    z = np.concatenate([(observed - sums[0] / n) @ factors for observed, _ in _residuals(fit, cells, seed)])
+    z -= np.median(z, 0)
+    z /= np.maximum(1.4826 * np.median(np.abs(z), 0), 1e-12)
+    score = np.minimum(z**2, _LARGE) @ weight
+    null = np.random.default_rng(seed).normal(size=(20_000, len(weight))) ** 2 @ weight
+    return conformal(score, null)
+
+
+def _residuals(fit: Fit, cells: Cells, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Block by block (n, G) residuals of the counts, and of counts drawn from the fit."""
+
+    def ask(block: Cells, trace: poutine.Trace, n: int | None) -> Tensor:
+        site: Any = trace.nodes["x"]
+        law, x = getattr(site["fn"], "base_dist", site["fn"]), site["value"]
+        mean, variance = (v.reshape(-1, len(block), v.shape[-1]).mean(0) for v in (law.mean, law.variance))
+        drawn = law.sample().reshape(-1, len(block), x.shape[-1])[0]
+        both = torch.stack([x.reshape(-1, len(block), x.shape[-1])[0], drawn])
+        found = ((both - mean) / variance.clamp(min=1e-12).sqrt()).clamp(-10, 10)
+        if cells.gene_mask is not None:
+            found = found * cells.gene_mask
+        return found
+
+    for (both,) in fit._runs(cells, [[cells]], max(_DRAWS, len(fit.members)), seed, ask):
+        found = both.double().cpu().numpy()
+        yield found[0], found[1]
+
+
+def _leading(gram: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Largest eigenvalues, in order, and their vectors (G, k)."""
+    k = min(k, len(gram))
+    values, vectors = linalg.eigh(gram, subset_by_index=(len(gram) - k, len(gram) - 1))
+    return np.maximum(values[::-1], 1e-12), vectors[:, ::-1]
 
 
 def annotated(
@@ -171,7 +235,8 @@ def annotated(
     share = probabilities(fit, cells, n_draws, seed).numpy()
     best = share.argmax(1)
     surest = share[np.arange(len(share)), best]
-    known = p_known(fit, cells)
+    state, residual = p_state(fit, cells), p_residual(fit, cells, seed)
+    known = state if (residual == 1).all() else combined(np.stack([state, residual], 1))
     is_unknown = np.zeros(len(cells), dtype=bool)
     if threshold is not None:
         is_unknown |= surest < threshold
@@ -179,7 +244,10 @@ def annotated(
         is_unknown |= known < novelty
     names = np.array([*map(str, types), UNKNOWN], dtype=object)
     label = pd.Categorical(names[np.where(is_unknown, len(types), best)], categories=names)
-    return pd.DataFrame({"label": label, "probability": surest, "p_known": known}, index=cells.names)
+    return pd.DataFrame(
+        {"label": label, "probability": surest, "p_known": known, "p_state": state, "p_residual": residual},
+        index=cells.names,
+    )
 
 
 def by_neighbors(fit: Fit, cells: Cells, k: int, n_draws: int, seed: int) -> Tensor:

@@ -38,6 +38,7 @@ from .schema import (
     covariate_of,
     did_you_mean,
     factor_of,
+    grown,
     layout_notes,
     library_moments,
     listed,
@@ -79,6 +80,8 @@ class Cells:
         Given size factors.
     gene_mask : (G,) bool tensor or None
         Genes that were measured in these cells; None means all.
+    fill : (N, genes not measured) tensor or None
+        What log(1 + count) of these would be on average, for encoders; None for zeros.
     kept : float
         Share of each count that `thin` left; 1 for counts as they were measured.
     """
@@ -88,6 +91,7 @@ class Cells:
     library: Tensor
     size_factor: Tensor | None
     gene_mask: Tensor | None
+    fill: Tensor | None
 
     def __init__(
         self,
@@ -110,6 +114,7 @@ class Cells:
         self._running = False
         self._memo: dict[Any, Any] | None = None
         self.kept = 1.0
+        self.fill = None
         self.dtype = torch.float32
         self.total = len(library)
 
@@ -356,7 +361,9 @@ class Cells:
     # ---- brought into a known order --------------------------------------------------------
 
     @classmethod
-    def align(cls, data: anndata.AnnData | Cells, schema: Schema, *, missing: str = "error") -> Cells:
+    def align(
+        cls, data: anndata.AnnData | Cells, schema: Schema, *, missing: str = "error", grow: bool = False
+    ) -> Cells:
         """New cells in the order and coding of ``schema``: genes by name, levels by value.
 
         Extra genes are left out. Cells without counts are let through with a warning: what is
@@ -366,15 +373,16 @@ class Cells:
         ----------
         missing : "error", or "zero" to fill genes that the new cells lack
             They must be fewer than 5 %, say nothing in likelihoods (``gene_mask``), and the
-            encoder reads a zero for them.
+            encoder reads a zero for them. "mask" takes up to half, for `Fit.map`, which fills in what encoders read.
+        grow : whether new levels of batch, sample and categorical columns are added to the schema
 
         Raises
         ------
         ValueError
             If genes, columns or levels that the schema needs are not there.
         """
-        if missing not in ("error", "zero"):
-            raise ValueError(f'missing must be "error" or "zero", not {missing!r}')
+        if missing not in ("error", "zero", "mask"):
+            raise ValueError(f'missing must be "error", "zero" or "mask", not {missing!r}')
         notes: list[str] = []
         if isinstance(data, Cells):
             if data.schema is schema or data.schema == schema:
@@ -386,6 +394,8 @@ class Cells:
             counts, genes, obs = read_layer(data, layer, notes), np.asarray(data.var_names.astype(str)), data.obs
         else:
             raise TypeError(f"expected Cells or an AnnData, not {type(data).__name__}")
+        if grow:
+            schema, _ = grown(schema, obs)
         place, mask = places(genes, schema.genes, missing, notes)
         aligned = counts.select(place)
         library = aligned.totals().numpy()
@@ -562,6 +572,9 @@ class Cells:
         logs = found.count.log1p()
         out = torch.zeros_like(x)
         out.view(-1).index_copy_(0, found.index, logs)
+        if self.fill is not None and self.gene_mask is not None:
+            out[:, ~self.gene_mask] = self.fill
+            return out
         return carry(out, found._replace(count=logs, mask=None))
 
     def gene_sums(self) -> GeneSums:
@@ -618,8 +631,9 @@ class Cells:
             "_x": None,
             "_obs": None,
         }
-        if self.size_factor is not None:
-            changes["size_factor"] = self.size_factor.index_select(0, rows)
+        for name in ("size_factor", "fill"):
+            value = getattr(self, name)
+            changes[name] = None if value is None else value.index_select(0, rows)
         if whole:
             changes["total"] = len(rows)
         if self._counts is None and self._x is not None:
@@ -638,6 +652,7 @@ class Cells:
             here = slice(first, last)
             yield taken._copy(
                 library=taken.library[here], size_factor=None if taken.size_factor is None else taken.size_factor[here],
+                fill=None if taken.fill is None else taken.fill[here],
                 codes={k: v[here] for k, v in taken.codes.items()},
                 values={k: v[here] for k, v in taken.values.items()}, _rows=taken._rows[here], _x=x,
             )  # fmt: skip
@@ -809,7 +824,7 @@ class Cells:
             return None if t is None else t.to(device, dtype if t.is_floating_point() else None)
 
         return self._copy(
-            dtype=dtype, library=move(self.library), size_factor=move(self.size_factor),
+            dtype=dtype, library=move(self.library), size_factor=move(self.size_factor), fill=move(self.fill),
             codes={k: move(v) for k, v in self.codes.items()}, values={k: move(v) for k, v in self.values.items()},
             gene_mask=move(self.gene_mask), _rows=move(self._rows),
             _counts=self._counts if self._counts is None or keep_counts else self._counts.to(device),

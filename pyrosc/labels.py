@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from .cells import Cells
 from .errors import ProgramError
-from .networks import Norm, one_hot
 from .parts import Part
 from .schema import Schema, did_you_mean, listed
 
@@ -89,8 +88,8 @@ class LabelPrior(Part):
             wrong = [name for name in names if name not in known]
             if wrong:
                 raise ProgramError(
-                    f'LabelPrior: {what} names {listed(wrong)}, not among {listed(known, 20)} of "{schema.label.column}".'
-                    + did_you_mean(wrong[0], known)
+                    f"LabelPrior: {what} names {listed(wrong)}, not among {listed(known, 20)} of "
+                    f'"{schema.label.column}".' + did_you_mean(wrong[0], known)
                 )
         at = {name: i for i, name in enumerate(self.types)}
         others = max(len(self.types) - 1, 1)
@@ -125,7 +124,8 @@ class Classifier(Part):
     ----------
     n_hidden, dropout : of its hidden layer
     weight : of known labels in training, nats per cell
-        ``weight`` times the mean of log q(label | z) over the cells that have one is added to the mean ELBO of a cell.
+        ``weight`` times the mean of log q(label | z) over the cells that have one is added to the mean ELBO of a cell;
+        over those whose label is a group of types by itself, so that many of these do not drown a few of the others.
 
     Notes
     -----
@@ -138,7 +138,7 @@ class Classifier(Part):
     """
 
     labels: Any
-    share: Tensor  # of cells that are labelled
+    share: Tensor  # (2,) of cells whose label names one type, and a group of them
     log_share: Tensor  # (C,) of labelled cells, by type
 
     def __init__(self, n_hidden: int = 128, dropout: float = 0.1, weight: float = 20.0) -> None:
@@ -157,17 +157,18 @@ class Classifier(Part):
         self.linear = nn.Linear(_width_of_z(sizes, "Classifier"), a["n_hidden"])
         self.norm = nn.LayerNorm(a["n_hidden"])
         self.out = nn.Linear(a["n_hidden"], n_types)
-        self.register_buffer("share", torch.ones(()))
+        self.register_buffer("share", torch.ones(2))
         self.register_buffer("log_share", torch.full((n_types,), 1 / n_types).log())
 
     def link(self, parts: Mapping[str, nn.Module]) -> None:
         self.refer(labels=parts["labels"])
 
     def start(self, cells: Cells) -> None:
-        known = cells.label >= 0
-        self.share.copy_(known.float().mean().clamp(min=1 / len(cells)))
-        of_label = self.labels.evidence(cells.rows(torch.nonzero(known).squeeze(-1), whole=True)).softmax(-1)
-        counts = of_label.sum(0) + 1.0
+        known = torch.nonzero(cells.label >= 0).squeeze(-1)
+        evidence = self.labels.evidence(cells.rows(known, whole=True))
+        of_group = torch.bincount(_is_group(evidence), minlength=2)
+        self.share.copy_((of_group / len(cells)).clamp(min=1 / len(cells)))
+        counts = evidence.softmax(-1).sum(0) + 1.0
         self.log_share.copy_((counts / counts.sum()).log())
 
     def forward(self, z: Tensor) -> Tensor:
@@ -181,7 +182,8 @@ class Classifier(Part):
 
     def term(self, logits: Tensor, evidence: Tensor) -> Tensor:
         """(..., n) weight times log q(label seen | z), over the share of cells that have one; 0 for the others."""
-        return self.arguments["weight"] / self.share * (logits.log_softmax(-1) + evidence).logsumexp(-1)
+        weight = self.arguments["weight"] / self.share[_is_group(evidence)]
+        return weight * (logits.log_softmax(-1) + evidence).logsumexp(-1)
 
 
 class TypeNormal(Part):
@@ -215,6 +217,11 @@ class TypeNormal(Part):
         hidden = self.norm(self.linear(value) + self.of_type[y]).relu()
         loc, log_variance = self.out(hidden).chunk(2, -1)
         return loc, (0.5 * log_variance).exp() + 1e-3
+
+
+def _is_group(evidence: Tensor) -> Tensor:
+    """(n,) 1 where more than one type is as likely as any, as for a group's label or none, else 0."""
+    return ((evidence == evidence.amax(-1, keepdim=True)).sum(-1) > 1).long()
 
 
 def _check_width(n_hidden: Any, dropout: float = 0.0) -> None:

@@ -81,11 +81,15 @@ class Covariates(nn.Module):
         return self.embed(self.one_hot(cells))
 
 
-def join(values: Tensor, covariates: Tensor | None) -> Tensor:
-    """values (..., n, C1) and covariates (n, C2) side by side."""
-    if covariates is None or not covariates.shape[-1]:
-        return values
-    return torch.cat([values, covariates.expand(*values.shape[:-1], covariates.shape[-1])], -1)
+def joined(linear: Any, values: Tensor, others: Tensor | None) -> Tensor:
+    """A linear map of values (..., n, C1) and further columns (n, C2) side by side.
+
+    As two products, so that a column more of zeros changes no digit (`mapping`), and nothing is copied.
+    """
+    if others is None or not others.shape[-1]:
+        return nn.functional.linear(values, linear.weight, linear.bias)
+    n = values.shape[-1]
+    return nn.functional.linear(values, linear.weight[:, :n], linear.bias) + others @ linear.weight[:, n:].t()
 
 
 class Norm(nn.Module):
@@ -147,7 +151,7 @@ class GeneLinear(nn.Linear):
             or values.device.type != "cpu"
             or len(found.index) > _SPARSE * values.numel()
         ):
-            return super().forward(join(values, others))
+            return joined(self, values, others)
         columns = self.weight.t().contiguous()
         starts = torch.cat([found.ends.new_zeros(1), found.ends[:-1]])
         product = nn.functional.embedding_bag(
@@ -167,12 +171,12 @@ class Layer(nn.Module):
         self.norm = None if norm is None else Norm(norm, n_hidden, n_conditions)
         self.dropout = dropout
 
-    def forward(self, values: Tensor, joined: Tensor | None, conditions: Tensor | None) -> Tensor:
-        """``joined`` are columns beside the values, ``conditions`` those that move the norm."""
+    def forward(self, values: Tensor, beside: Tensor | None, conditions: Tensor | None) -> Tensor:
+        """``beside`` are columns beside the values, ``conditions`` those that move the norm."""
         if isinstance(self.linear, GeneLinear):
-            hidden = self.linear(values, joined)
+            hidden = self.linear(values, beside)
         else:
-            hidden = self.linear(join(values, joined))
+            hidden = joined(self.linear, values, beside)
         hidden = hidden if self.norm is None else self.norm(hidden, conditions)
         return nn.functional.dropout(hidden.relu(), self.dropout, self.training)
 
@@ -207,8 +211,8 @@ class Layers(nn.ModuleList):
 
     def forward(self, values: Tensor, covariates: Tensor | None) -> Tensor:
         for i, layer in enumerate(self):
-            joined = covariates if self._joins(i) else None
-            values = layer(values, joined, covariates if self.way == "norm" else None)
+            beside = covariates if self._joins(i) else None
+            values = layer(values, beside, covariates if self.way == "norm" else None)
         return values
 
 

@@ -408,10 +408,13 @@ class Fit:
         Returns
         -------
         DataFrame
-            By cell: "label" (a Categorical), "probability" of the most probable type, and "p_known", the share of
-            labelled cells of the fit that lie as far from the types as this cell or farther (Mahalanobis distance of
-            states to the nearest type's mean). A type that the fit knows nothing of may be named with a probability of
-            1, while "p_known" is near 0.
+            By cell: "label" (a Categorical), "probability" of the most probable type, and "p_known", a p-value that it
+            is of a known type at all, of two: "p_state", the share of labelled cells of the fit that lie as far from
+            the types as this cell or farther (Mahalanobis distance of states to the nearest type's mean); and
+            "p_residual", of what many of these cells have in common and the fit does not explain (1 for fewer than 50).
+            A type that the fit knows nothing of may be named with a probability of 1 while "p_known" is near 0. In a
+            new batch states move, and p-values of known types are too small as well: 14 % were below 0.01 in
+            simulated batches (benchmarks/results/mapping.md), so rank by them rather than count on the level.
 
         Raises
         ------
@@ -448,6 +451,65 @@ class Fit:
         from .annotation import temperature
 
         return temperature(self, self._ready(cells), _whole("n_draws", n_draws, 1), seed)
+
+    def map(
+        self,
+        query: Cells | anndata.AnnData,
+        train: str = "surgery",
+        *,
+        epochs: int | None = None,
+        batch_size: int = 128,
+        lr: float | None = None,
+        validation: float | None = 0.1,
+        seed: int = 0,
+        device: str | torch.device = "auto",
+        progress: bool = True,
+    ) -> Fit:
+        """A new fit that knows these cells too: their batches, other new levels, and genes they were not measured for.
+
+        Parameters
+        ----------
+        query : cells with the columns of the fit; batches, samples and categorical levels may be new
+            Genes are matched by name, further ones left out; up to half may be missing. Labels are optional.
+        train : "surgery" trains the weights of new levels alone, and answers about cells of the reference stay as they
+            were to the last bit. "decoder" trains decoder, dispersion and likelihood, "all" every weight, "none" none;
+            "decoder" and "all" forget: what was said of the reference moves.
+        epochs : passes over the query; None takes 600 steps, in 10 to 100
+        batch_size, validation, seed, device, progress : as in `fit`; nothing is held out of fewer than 100 cells
+        lr : None takes 0.01 for "surgery", else 0.001
+
+        Returns
+        -------
+        Fit
+            Its ``settings["map"]`` lists what each mapping in a chain added. New levels come after the old in its
+            schema. Labels of the query that the reference does not know count as unknown.
+
+        Raises
+        ------
+        ValueError
+            If genes do not meet, a column is missing, or an argument is out of range.
+        ProgramError
+            If a part of the user's own depends on levels in a way that is not known.
+
+        Notes
+        -----
+        With an encoder that sees no columns (the default) surgery moves what is decoded and leaves the query's latent
+        state where the reference's encoder puts it; for a state that adapts, fit the reference with
+        ``encoder=Encoder(covariates="first")``. "all" moves states of the reference's cells, which are not at hand, so
+        that its ``examples`` are of the query alone.
+
+        References
+        ----------
+        Lotfollahi et al. 2022, Nature Biotechnology 40:121 (scArches).
+        """
+        from .mapping import WAYS, mapped
+
+        if train not in WAYS:
+            raise ValueError(f'train must be "surgery", "decoder", "all" or "none", not {train!r}')
+        return mapped(
+            self, query, train, epochs=epochs, batch_size=batch_size, lr=lr, validation=validation, seed=seed,
+            device=device, progress=progress,
+        )  # fmt: skip
 
     def outliers(
         self, cells: Cells | anndata.AnnData, *, fdr: float = 0.1, n_draws: int = 200, seed: int = 0
@@ -1039,11 +1101,15 @@ class Fit:
         """Cells in the order of this fit, on its device."""
         if isinstance(data, Cells) and data.total != len(data):
             raise ValueError("a mini-batch is a part of a training step; pass cells[rows] for a data set of its own")
-        cells = Cells.align(data, self.schema)
+        cells = Cells.align(data, self.schema, missing=self.settings.get("missing", "error"))
         if not len(cells):
             raise ValueError("there are no cells to ask about")
         if not cells.has_counts:
             raise ValueError("these cells hold no counts (without_counts), so there is nothing to encode")
+        if cells.gene_mask is not None and cells.fill is None and self.settings.get("missing") == "mask":
+            from .mapping import filled
+
+            cells = filled(self, cells.to(self.device, self.program.dtype))
         known = self.settings.get("fingerprint")
         if known and known["cells"] == len(cells):
             now = cells.fingerprint()

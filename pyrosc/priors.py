@@ -316,6 +316,7 @@ class VampPrior(Part):
 
     def build(self, schema: Schema, sizes: Mapping[str, int], parts: Mapping[str, nn.Module]) -> None:
         k = self.arguments["k"]
+        self._parameters.pop("inputs", None)  # of another schema, whose columns the encoder sees no more
         self.link(parts)
         self.logits = nn.Parameter(torch.zeros(k))
         self.inputs = nn.Parameter(torch.rand(k, schema.n_genes))

@@ -93,6 +93,7 @@ class Program(nn.Module):
         self.parts = Parts()
         self.completion = Completion()
         self._quiet = False
+        self.entries: dict[str, Tensor] = {}  # of parameters, by name: the only ones that are trained, where not all
         self._sizes: dict[str, int] = {}
         self.enumerated: list[str] = []  # discrete sites that the story sums out
         self.guided_sums: list[str] = []  # discrete sites that the guide draws, and objectives sum over

@@ -131,12 +131,16 @@ def places(
     if share > 0.5:
         cause = _mismatch(here, wanted)
         raise ValueError(f"{text} Genes of the fit: {listed(wanted, 3)}; here: {listed(here, 3)}. {cause}")
-    if missing == "error" or share >= 0.05:
+    if missing == "error" or (missing == "zero" and share >= 0.05):
         raise ValueError(
             text + (' Fewer than 5 % may be taken as not measured: Cells.align(adata, fit.schema, missing="zero").'
                     if share < 0.05 else " That is too many to go without; count them, or fit on the genes both have.")
         )  # fmt: skip
-    notes.append(text + " They are taken as not measured")
+    text += " They are taken as not measured"
+    if missing == "mask":
+        logger.info("%s", text)
+    else:
+        notes.append(text)
     return place, ~absent
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -262,6 +262,49 @@ def recode(factor: Factor, column: pd.Series, role: str) -> np.ndarray:
         f"Either name the known level that is nearest in obs, or average over the known ones "
         f'(expression(..., do={{"{factor.column}": "all"}}) after setting any), or fit again with these cells.'
     )
+
+
+def grown(schema: Schema, obs: pd.DataFrame) -> tuple[Schema, dict[str, list[Any]]]:
+    """The schema with levels of batch, sample and categorical columns that ``obs`` has and it has not, after its own.
+
+    Returns
+    -------
+    Schema, dict
+        The moments of log totals of new batches are left at those of all; and the new levels by column.
+
+    Raises
+    ------
+    ValueError
+        If a column is missing, has missing values, or levels of another type.
+    """
+    changed: dict[str, Any] = {}
+    new: dict[str, list[Any]] = {}
+
+    def longer(factor: Factor, role: str) -> Factor:
+        if role == "sample" and factor.column not in obs.columns:
+            return factor
+        found, _ = factor_of(obs, factor.column, role, None, [])
+        more = [level for level in found.levels if level not in factor.levels]
+        if more and found.kind != factor.kind:
+            raise ValueError(
+                f'obs["{factor.column}"] ({role}) has {found.kind} levels ({listed(found.levels, 3)}), the fit has '
+                f"{factor.kind} ones ({listed(factor.levels, 3)}): cast the column"
+            )
+        if more:
+            new[factor.column] = more
+        return replace(factor, levels=(*factor.levels, *more), counts=(*factor.counts, *(0 for _ in more)))
+
+    for role in ("batch", "sample"):
+        factor = getattr(schema, role)
+        if factor is not None and (role == "sample" or factor.column in obs.columns):
+            changed[role] = longer(factor, role)
+    further = [longer(f, "categorical") if f.column in obs.columns else f for f in schema.categorical]
+    changed["categorical"] = tuple(further)
+    n_more = len(changed["batch"]) - len(schema.batch) if schema.batch and "batch" in changed else 0
+    for name in ("log_library_mean", "log_library_sd"):
+        own = getattr(schema, name)
+        changed[name] = (*own, *([float(np.mean(own))] * n_more))
+    return replace(schema, **changed), new
 
 
 def covariate_of(obs: pd.DataFrame, name: str, notes: list[str]) -> tuple[Covariate, np.ndarray]:

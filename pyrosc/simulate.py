@@ -310,7 +310,7 @@ def subtle_types(
             f"n_cells={n_cells:,} must be at least {4 * n_seeds * n_types:,}"
         )
     draw = np.random.default_rng(seed)
-    kind = draw.permutation(np.arange(n_cells) % n_types)
+    kind: Any = draw.permutation(np.arange(n_cells) % n_types)
     marker_of = np.full(n_genes, -1)
     marker_of[draw.choice(n_genes, n_types * n_markers, replace=False)] = np.repeat(np.arange(n_types), n_markers)
     is_marker = marker_of >= 0
@@ -331,7 +331,7 @@ def subtle_types(
     logs = np.log1p(1e4 * counts / np.maximum(counts.sum(1, keepdims=True), 1))
     of_type = np.stack([logs[:, marker_of == t].mean(1) for t in range(n_types)], 1)
     score = of_type - (of_type.sum(1, keepdims=True) - of_type) / max(n_types - 1, 1)
-    label = np.full(n_cells, -1)
+    label: Any = np.full(n_cells, -1)
     for t in range(n_types):
         best = np.argsort(-score[:, t])
         own = best[kind[best] == t]
@@ -340,19 +340,21 @@ def subtle_types(
         right = [i for i in own[: max(n_seeds, len(own) // 4)] if label[i] < 0]
         label[draw.choice(right, min(n_seeds - n_wrong, len(right)), replace=False)] = t
         label[wrong] = t
-    names = np.array([f"type{t}" for t in range(n_types)], dtype=object)
+    names = [f"type{t}" for t in range(n_types)]
+    levels = pd.CategoricalDtype(names)
     return anndata.AnnData(
         X=sparse.csr_matrix(counts.astype(np.float32)),
         obs=pd.DataFrame(
             {
-                "cell_type": pd.Categorical(names[kind], categories=names),
-                "label": pd.Categorical(np.where(label >= 0, names[label], None), categories=names),
+                "cell_type": pd.Categorical.from_codes(kind, dtype=levels),
+                "label": pd.Categorical.from_codes(label, dtype=levels),
                 "factor": factor,
             },
             index=[f"cell{i}" for i in range(n_cells)],
         ),
         var=pd.DataFrame(
-            {"marker_of": np.where(is_marker, names[marker_of], "")}, index=[f"gene{j}" for j in range(n_genes)]
+            {"marker_of": np.where(is_marker, np.array(names)[marker_of], "")},
+            index=[f"gene{j}" for j in range(n_genes)],
         ),
         layers={"rho": rho.astype(np.float32)},
     )

@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib import metadata
 from types import FrameType
 from typing import Any
@@ -483,8 +484,23 @@ class _Run:
             {"params": [], "height": given["lr"], "weight_decay": 0.0},
             {"params": [], "height": given["global_lr"], "weight_decay": 0.0, "betas": _GLOBAL_BETAS},
         ]
+        entries = {id(p): self.program.entries.get(name) for name, p in self.program.named_parameters()}
+        hooks = []
         for p in parameters:
-            groups[2 if id(p) in shared else 0 if id(p) in linear else 1]["params"].append(p)
+            mask = entries[id(p)]
+            if mask is not None:  # what is not trained has no gradient, and must not decay either
+                hooks.append(p.register_hook(partial(torch.mul, mask.to(p.device))))
+            groups[2 if id(p) in shared else 0 if id(p) in linear and mask is None else 1]["params"].append(p)
+        try:
+            self._epochs(groups, parameters, progress, interrupted)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _epochs(
+        self, groups: list[dict[str, Any]], parameters: list[Any], progress: bool, interrupted: threading.Event
+    ) -> None:
+        given = self.given
         optimizer = FusedClippedAdam([g for g in groups if g["params"]], lr=given["lr"], clip_norm=given["clip_norm"])
         order = torch.Generator().manual_seed(given["seed"])
         estimate = self.settings["estimate"]

@@ -155,16 +155,15 @@ def scanvi(
     program = Program(model, cells, guide, seed=seed, **(defaults | from_start | parts))
     for name in from_start.keys() - parts.keys():
         program.parts[name].load_state_dict(from_start[name].state_dict())
-        program.parts[name].started = True
+        program.parts[name].__dict__["started"] = True
     return program
 
 
 def _started(fit: Any, cells: Cells) -> dict[str, nn.Module]:
     """Parts of a fit that this story has too, but for the prior, which was that of z."""
-    schema = getattr(fit, "schema", None)
-    if schema is None:
+    if not isinstance(getattr(fit, "program", None), Program):
         raise TypeError(f"start takes a Fit, such as pyrosc.fit(pyrosc.scvi(cells), cells), not {type(fit).__name__}")
-    now = cells.schema
+    now, schema = cells.schema, fit.schema
     for what, own, theirs in (
         ("genes", now.genes, schema.genes),
         ("batches", now.batch, schema.batch),

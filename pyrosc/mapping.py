@@ -1,0 +1,345 @@
+"""Mapping: new cells brought onto a trained reference, by new columns for what is new in them.
+
+A network that sees levels has a column of weights for each. New levels get new columns, started at the mean of those
+of their factor, and "surgery" trains these alone (Lotfollahi et al. 2022, Nature Biotechnology 40:121): a cell of the
+reference meets the very weights it met before. Dispersions by batch get new rows, which train too.
+
+Genes that the new cells were not measured for say nothing in the likelihood. An encoder reads what their log(1 + count)
+would be on average in a cell of that state, found in a few rounds of encoding and decoding, and the library is the
+total over all genes that goes with the total seen.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import anndata
+import torch
+from torch import Tensor
+
+from .cells import Cells
+from .counts import logger
+from .draws import draw_guide, run_model
+from .errors import ProgramError
+from .loading import blocks
+from .networks import Covariates
+from .overlap import Landmarks
+from .posterior import Fit
+from .program import Program
+from .schema import Schema, grown, library_moments, listed
+from .training import default_epochs, fit
+
+WAYS = ("surgery", "decoder", "all", "none")
+_ROUNDS = 4  # of encoding and decoding, to fill in genes that were not measured
+_STEPS = 600
+_NEVER = -100.0  # logit of a new level in a pseudo-cell of the reference
+
+
+def mapped(
+    reference: Fit,
+    query: Cells | anndata.AnnData,
+    train: str,
+    *,
+    epochs: int | None,
+    batch_size: int,
+    lr: float | None,
+    validation: float | None,
+    seed: int,
+    device: Any,
+    progress: bool,
+) -> Fit:
+    """See `Fit.map`."""
+    cells, new = extended(query, reference.schema)
+    missing = 0 if cells.gene_mask is None else int((~cells.gene_mask).sum())
+    made = [_made(reference, program, cells, train) for program in (reference.program, *reference.members)]
+    base = Fit(made[0], reference.history, reference.settings)
+    if missing:
+        cells = filled(base, cells.to(base.device, base.program.dtype)).to("cpu")
+    n_trained = _n_trained(made[0])
+    note: dict[str, Any] = {
+        "train": train, "new_levels": {k: list(v) for k, v in new.items()}, "missing_genes": missing,
+        "trained": n_trained, "reference": reference.settings.get("n_cells", 0),
+    }  # fmt: skip
+    if train != "none" and not n_trained:
+        logger.info("these cells have no level that the reference has not, so surgery has nothing to train")
+    if train == "none" or not n_trained:
+        settings = reference.settings | {"map": [*reference.settings.get("map", []), note], "fingerprint": None}
+        found = Fit(_free(made[0]), reference.history, settings, [_free(m) for m in made[1:]])
+    else:
+        if epochs is None:
+            epochs = default_epochs(len(cells), batch_size, steps=_STEPS)
+        if lr is None:
+            lr = 1e-2 if train == "surgery" else 1e-3
+        if validation is not None and validation * len(cells) < 10:
+            validation = None
+        fits = [
+            fit(
+                program, cells, epochs=epochs, batch_size=batch_size, lr=lr, warmup=0.0, validation=validation,
+                weight_decay=0.0, seed=seed, device=device, progress=progress,
+            )
+            for program in made
+        ]  # fmt: skip
+        found = fits[0]
+        found.program, found.members = _free(found.program), tuple(_free(f.program) for f in fits[1:])
+        found.settings["map"] = [*reference.settings.get("map", []), note]
+        for name in ("ensemble", "resampled", "label_temperature"):
+            if name in reference.settings:
+                found.settings[name] = reference.settings[name]
+    found.settings["missing"] = "mask" if missing or reference.settings.get("missing") == "mask" else "error"
+    own = cells.to(found.device, found.program.dtype)
+    # An encoder that was trained on puts cells of the reference elsewhere, and these are not at hand.
+    kept = (None, None) if train == "all" else (reference.landmarks, reference.examples)
+    found.landmarks = _joined(kept[0], Landmarks.of(found, own, seed))
+    found.examples = _joined(kept[1], Landmarks.of_labels(found, own, seed))
+    return found
+
+
+def extended(query: Cells | anndata.AnnData, schema: Schema) -> tuple[Cells, dict[str, list[Any]]]:
+    """The query's cells by a schema that has its new levels too; and those, by column."""
+    obs = query._decoded_obs() if isinstance(query, Cells) else getattr(query, "obs", None)
+    if obs is None:
+        raise TypeError(f"map() takes Cells or an AnnData, not {type(query).__name__}")
+    more, new = grown(schema, obs)
+    cells = Cells.align(query, more, missing="mask")
+    if not len(cells):
+        raise ValueError("there are no cells to map")
+    if new.get(schema.batch.column if schema.batch else ""):
+        first = schema.n_batches
+        moments = library_moments(cells.library.squeeze(-1).numpy(), cells.batch.numpy(), more.n_batches)
+        own = {k: (*getattr(schema, k), *moments[k][first:]) for k in moments}
+        more = copy.copy(more)
+        for name, value in own.items():
+            object.__setattr__(more, name, value)
+        cells = cells._copy(schema=more)
+    if schema.label is not None and schema.label.column in obs.columns:
+        strange = set(map(str, obs[schema.label.column].dropna())) - set(map(str, schema.label.levels))
+        strange -= {str(schema.label.unlabeled)}
+        if strange:
+            logger.info("labels that the reference does not know are taken as unknown: %s", listed(sorted(strange)))
+    return cells, new
+
+
+# ---- weights --------------------------------------------------------------------------------
+
+
+def _made(reference: Fit, program: Program, cells: Cells, train: str) -> Program:
+    """A program for the longer schema, with the weights of the reference and what is to be trained set."""
+    made, entries = lengthened(program, cells.schema)
+    for name, p in made.named_parameters():
+        part = name.split(".")[1] if name.startswith("parts.") else name
+        if train == "surgery":
+            p.requires_grad_(name in entries)
+        elif train == "decoder":
+            p.requires_grad_(part in ("decoder", "dispersion", "likelihood"))
+        else:
+            p.requires_grad_(train == "all")
+    made.entries = entries if train == "surgery" else {}
+    return made
+
+
+def _n_trained(program: Program) -> int:
+    return sum(
+        int(program.entries[name].sum()) if name in program.entries else p.numel()
+        for name, p in program.named_parameters()
+        if p.requires_grad
+    )
+
+
+def _free(program: Program) -> Program:
+    """With every weight to be trained again, in a fit to come."""
+    program.entries = {}
+    for p in program.parameters():
+        p.requires_grad_(True)
+    return program
+
+
+def lengthened(program: Program, schema: Schema) -> tuple[Program, dict[str, Tensor]]:
+    """The program by a schema with further levels; and of each parameter that grew, which entries are new.
+
+    Raises
+    ------
+    ProgramError
+        If a part grows in a way that is not known here.
+    """
+    model, guide = program.functions
+    made = Program(model, Cells.empty(schema), guide, seed=program.seed, **dict(program.parts.items()))
+    made.to(program.device, program.dtype)
+    before, after = program.state_dict(), made.state_dict()
+    parameters = dict(made.named_parameters())
+    entries: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name, value in after.items():
+            old = before.get(name)
+            if old is not None and old.shape == value.shape:
+                value.copy_(old)
+                continue
+            is_new = torch.ones_like(value, dtype=torch.bool)
+            if old is None:
+                value.zero_()  # of a factor with one level until now: no effect, until it is trained
+            else:
+                is_new = _grow(name, old, value, program, made, name in parameters)
+            if name in parameters:
+                entries[name] = is_new
+    lost = [name for name in before if name not in after]
+    if lost:
+        raise ProgramError(f"{lost[0]} has no place in the story with the new levels; fit again with all cells")
+    made.set_started()
+    return made, entries
+
+
+def _grow(name: str, old: Tensor, value: Tensor, was: Program, now: Program, is_weight: bool) -> Tensor:
+    """Copy ``old`` into the longer ``value``, in place; (shape) which entries are new."""
+    axis = next((i for i, (a, b) in enumerate(zip(old.shape, value.shape)) if a != b), 0)
+    others = [i for i in range(old.dim()) if i != axis]
+    if old.dim() != value.dim() or any(old.shape[i] != value.shape[i] for i in others):
+        raise ProgramError(_unknown(name, old, value))
+    place = _place(name, old.shape[axis], value.shape[axis], axis, was, now)
+    if place is None:
+        raise ProgramError(_unknown(name, old, value))
+    is_new = torch.zeros(value.shape[axis], dtype=torch.bool)
+    for i, (source, alike) in enumerate(place):
+        target = value.select(axis, i)
+        if source is not None:
+            target.copy_(old.select(axis, source))
+            continue
+        is_new[i] = True
+        if name.endswith("prior.columns"):
+            target.fill_(_NEVER)
+        elif is_weight:  # numbers that are set from data (moments of totals) were set for the new level
+            mean = old.index_select(axis, torch.tensor(alike, device=old.device)).mean(axis) if alike else 0.0
+            target.copy_(torch.as_tensor(mean, device=old.device).expand_as(target))
+    shape = [1] * value.dim()
+    shape[axis] = -1
+    return is_new.view(shape).expand_as(value).to(value.device)
+
+
+def _unknown(name: str, old: Tensor, value: Tensor) -> str:
+    return (
+        f"{name} is {tuple(old.shape)} in the reference and {tuple(value.shape)} with the new levels, and how to carry "
+        "it over is known for columns of networks and rows by batch only: fit again with all cells"
+    )
+
+
+_Place = list[tuple[int | None, list[int]]]
+
+
+def _place(name: str, n_old: int, n_new: int, axis: int, was: Program, now: Program) -> _Place | None:
+    """For each new index, the old one it is, or those that it starts at the mean of; None where it is not known."""
+    part = name.split(".")[1] if name.startswith("parts.") else ""
+    columns = [getattr(dict(p.parts.items()).get(part), "covariates", None) for p in (was, now)]
+    if name.endswith("prior.columns"):
+        columns = [getattr(dict(p.parts.items()).get("encoder"), "covariates", None) for p in (was, now)]
+        layouts = [_layout(c, whole=True) for c in columns]
+        return _matched(layouts[0], layouts[1], 0)
+    if axis == 1 or "shift" in name or "scale" in name:
+        layouts = [_layout(c) for c in columns]
+        if len(layouts[1]) - len(layouts[0]) == n_new - n_old and n_old >= len(layouts[0]):
+            return _matched(layouts[0], layouts[1], n_old - len(layouts[0]))
+    factors = [(f, now.schema.factors[f.column]) for f in was.schema.factors.values() if f.column in now.schema.factors]
+    for old, new in sorted(factors, key=lambda pair: pair[0] is not was.schema.batch):
+        if (len(old), len(new)) == (n_old, n_new):
+            return [(i, []) if i < n_old else (None, list(range(n_old))) for i in range(n_new)]
+    return None
+
+
+def _layout(columns: Covariates | None, *, whole: bool = False) -> list[tuple[str, Any]]:
+    """(factor, level) of each column that a network is handed; embedded factors by number."""
+    if columns is None:
+        return []
+    found: list[tuple[str, Any]] = []
+    width = columns.embeddings[0].shape[1] if len(columns.embeddings) else 0
+    for (name, n), embedded in zip(columns.factors, columns.is_embedded):
+        found += [(name, i) for i in range(width if embedded and not whole else n)]
+    return found + [(name, None) for name in columns.columns]
+
+
+def _matched(old: list[tuple[str, Any]], new: list[tuple[str, Any]], lead: int) -> _Place:
+    at = {column: lead + i for i, column in enumerate(old)}
+    front: _Place = [(i, []) for i in range(lead)]
+    return front + [
+        (at.get(column), [at[c] for c in old if c[0] == column[0]] if column not in at else []) for column in new
+    ]
+
+
+# ---- genes that were not measured -----------------------------------------------------------
+
+
+def filled(reference: Fit, cells: Cells) -> Cells:
+    """Cells with what encoders are to read at genes that were not measured, and the library over all genes.
+
+    log(1 + count) is on average about (1 - p0) log(1 + mean / (1 - p0)), for p0 the probability of a zero.
+    """
+    mask: Any = cells.gene_mask
+    program = reference.program
+    fills: list[Any] = []
+    libraries: list[Tensor] = []
+    with program.driven(0), torch.no_grad():
+        for block in blocks(cells):
+            seen = block.library
+            now = block._copy(fill=seen.new_zeros(len(block), int((~mask).sum())))
+            for _ in range(_ROUNDS):
+                guide = draw_guide(program, now)
+                _at_mean(program, guide)
+                nodes: dict[str, Any] = run_model(program, guide, now, None).nodes
+                law = nodes["x"]["fn"].base_dist
+                seen_share = nodes["rho"]["value"][:, mask].sum(-1, keepdim=True)
+                mean = law.mean[:, ~mask]
+                zeros = law.log_prob(torch.zeros_like(law.mean)).exp()[:, ~mask]
+                some = (1 - zeros).clamp(min=1e-6)
+                library = seen / seen_share.clamp(min=1e-3) if block.size_factor is None else seen
+                now = now._copy(fill=some * (mean / some).log1p(), library=library)
+            fills.append(now.fill)
+            libraries.append(now.library)
+    return cells._copy(fill=torch.cat(fills), library=torch.cat(libraries))
+
+
+def _joined(one: Landmarks | None, two: Landmarks | None) -> Landmarks | None:
+    """States of the reference and of the query; columns that one of them lacks are unknown there."""
+    if one is None or two is None:
+        return one if two is None else two
+    columns = {}
+    for name in [*one.columns, *(c for c in two.columns if c not in one.columns)]:
+        known: Any = one.columns.get(name, two.columns.get(name))
+        blank = -1 if not known.is_floating_point() else math.nan
+        sides = [m.columns.get(name, torch.full((len(m.loc),), blank, dtype=known.dtype)) for m in (one, two)]
+        columns[name] = torch.cat(sides)
+    return Landmarks(torch.cat([one.loc, two.loc]), torch.cat([one.log_total, two.log_total]), columns)
+
+
+def drift(reference: Fit, found: Fit, cells: Cells | anndata.AnnData) -> dict[str, float]:
+    """How far a mapped fit moved what is said of the reference's cells.
+
+    Returns
+    -------
+    dict
+        "latent" and "expression": the largest change of a posterior mean of z, and of a share decoded there. Both are
+        0 after surgery.
+    """
+    apart = [
+        [abs(a - b).max() for a, b in zip(_decoded(reference, one), _decoded(found, two))]
+        for one, two in zip(blocks(reference._ready(cells)), blocks(found._ready(cells)))
+    ]
+    latent, expression = (float(torch.stack(column).max()) for column in zip(*apart))
+    return {"latent": latent, "expression": expression}
+
+
+def _decoded(fit: Fit, block: Cells) -> tuple[Tensor, Tensor]:
+    """Posterior means of z of a block of cells, and shares decoded there."""
+    with fit.program.driven(0), torch.no_grad():
+        guide = draw_guide(fit.program, block)
+        _at_mean(fit.program, guide)
+        nodes: dict[str, Any] = run_model(fit.program, guide, block, None).nodes
+    return nodes["z"]["value"].cpu(), nodes["rho"]["value"].cpu()
+
+
+def _at_mean(program: Program, guide: Any) -> None:
+    """Set z in a run of the guide to its mean, where that has a closed form."""
+    site: Any = guide.nodes.get("z")
+    if site is None:
+        raise ProgramError(f'{program.story} has no "z" of each cell to go by')
+    try:
+        site["value"] = site["fn"].mean
+    except NotImplementedError:
+        pass
