@@ -4,6 +4,10 @@ Stories
 -------
 scvi    each cell has a low-dimensional state, decoded to shares of genes; counts scatter around share times total.
         For most count data with batches. Parts: prior, library, dispersion, decoder, likelihood, encoder.
+scanvi  the state comes from the cell's type, known for some cells, and from how it varies within the type.
+        To name cells by a few labels, and new cells by a reference (``fit.map``). Parts: those of scvi (the prior is that
+        of the variation within types), labels, classifier, state, within. It told simulated types better than a mixture
+        over labels as the prior of scvi with the same classifier term (benchmarks/README.md).
 
 A story of your own is a function, ``Program(model, cells, ...)``; every part below fits it
 (tutorials/03_write_a_story.py):
@@ -16,7 +20,10 @@ A story of your own is a function, ``Program(model, cells, ...)``; every part be
 - Counts are observed, ``obs=cells.x``, and not read otherwise; the observed total is ``cells.library``.
 - A discrete site of each cell with few values is summed out exactly: ``infer={"enumerate": "parallel"}``. It comes
   with a dimension in front, so index tables with it, ``profile[kind]``. Start such tables apart from each other, or
-  all values may end as one.
+  all values may end as one. The mark stands in the model, and the guide leaves the site out; or it stands in the guide,
+  which then says how probable each value is, and may draw other sites given it (``models/scanvi.py``).
+- A term that training adds to the ELBO and the ELBO does not have is a factor in the guide, less than nothing there:
+  ``pyro.factor("known", -term, has_rsample=False)``.
 - Sites that the guide leaves out are guided by the Program; `describe` shows how, `draws` asks any of them.
 - A likelihood of your own is a part that answers a distribution with ``event_dim`` 1. For `check.compare` across
   likelihoods its base distribution needs ``rest_given(kept, fraction)``, as those in ``pyrosc.distributions`` have.
@@ -53,6 +60,15 @@ likelihood, ``likelihood(mean, dispersion, hidden)``
     NBLikelihood()                UMI counts (default)
     ZINBLikelihood()              with extra zeros: read counts, or to check that there are none
     PoissonLikelihood()           no scatter beyond sampling: fragments of ATAC, or a null to compare with
+
+labels, what is known of a cell's type, ``labels(cells)`` and ``labels.evidence(cells)``
+    LabelPrior()                  types as common as each other, labels taken for certain (default)
+    LabelPrior(weights=, learned=True, errors=0.1, groups={"T": ["CD4 T", "CD8 T"]}): how common types are, or learned
+    from the cells; a share of wrong labels; labels that stand for several types
+
+classifier, ``classifier(z)``; state and within, ``state(u, y)`` and ``within(z, y)``
+    Classifier(weight=20)         log odds of types from the state; how much known labels count in training
+    TypeNormal()                  a normal by type, from a small network
 
 decoder, ``decoder(z, cells)``, and encoder, ``encoder(cells)``
     Decoder(), Encoder()          hidden layers; n_hidden, n_layers, dropout, norm="layer" or "batch"
