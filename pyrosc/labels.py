@@ -183,7 +183,8 @@ class Classifier(Part):
     def term(self, logits: Tensor, evidence: Tensor) -> Tensor:
         """(..., n) weight times log q(label seen | z), over the share of cells that have one; 0 for the others."""
         weight = self.arguments["weight"] / self.share[_is_group(evidence)]
-        return weight * (logits.log_softmax(-1) + evidence).logsumexp(-1)
+        told = weight * (logits.log_softmax(-1) + evidence).logsumexp(-1)
+        return torch.where((evidence != 0).any(-1), told, 0.0)
 
 
 class TypeNormal(Part):

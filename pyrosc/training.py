@@ -121,7 +121,8 @@ def fit(
         With the weights of the best epoch. ``history`` has a row an epoch: ``train_elbo`` and
         ``validation_elbo`` (nats per cell at KL weight 1), ``reconstruction``, ``kl_<site>``,
         ``kl_weight``, ``lr``, ``cells_per_second``, ``active_units`` (latents whose posterior mean
-        varies over cells by more than 0.01), ``seconds``, ``skipped_steps``.
+        varies over cells by more than 0.01), ``seconds``, ``skipped_steps``; ``factors``, what factors of the
+        guide add to the objective, such as the log probability of known labels, where it has some.
 
     Raises
     ------
@@ -397,13 +398,10 @@ class _Run:
         self.step, self.skipped, self.skipped_in_row = 0, 0, 0
         self.weight = 0.0
         self.seconds = 0.0
-        # Factors of a guide tell labels, so only labelled cells have something to say to them.
-        self.labelled: Cells | None = None
+        self.labelled: Cells | None = None  # where factors of the guide are of these alone
+        self.side = torch.zeros(())  # what they added in the last step, per cell
         self.side_order = torch.Generator().manual_seed(given["seed"])
         self.side_batches: Iterator[Cells] = iter(())
-        if program.has_factors and train.schema.label is not None and not bool((train.label >= 0).all()):
-            known = torch.nonzero(train.label >= 0).squeeze(-1)
-            self.labelled = train.rows(known, whole=True) if len(known) else None
         self.settings: dict[str, Any] = {"n_cells": len(train), "n_held_out": 0 if held_out is None else len(held_out)}
         self.good = self._weights()
         self.elbo: Any = MeanFieldELBO(max_plate_nesting=program.n_plates) if objective is None else objective
@@ -428,8 +426,23 @@ class _Run:
             self.kl.weight * sum(kls.values(), torch.zeros_like(terms.reconstruction[0])) - terms.reconstruction.mean()
         )
         if terms.side is not None:
-            loss = loss - (terms.side.mean() if self.labelled is None else self._side())
+            side = terms.side.mean() if self.labelled is None else self._side()
+            loss, self.side = loss - side, side.detach()
         return loss, {name: term.detach() for name, term in kls.items()}
+
+    def _find_labelled(self) -> None:
+        """Whether factors of the guide are 0 for cells without a label, as those of a classifier are."""
+        if not self.program.has_factors or self.train.schema.label is None:
+            return
+        is_known = self.train.label >= 0
+        known, others = (torch.nonzero(rows).squeeze(-1) for rows in (is_known, ~is_known))
+        if not len(known) or not len(others):
+            return
+        some = self.train.rows(others[:64], whole=True)
+        with torch.no_grad():
+            term: Any = side_terms(poutine.trace(self.program.guide).get_trace(some), some)
+        if not bool(term.any()):
+            self.labelled = self.train.rows(known, whole=True)
 
     def _side(self) -> Tensor:
         """What the guide's factors add, per cell: read from labelled cells alone, of which a mini-batch has few."""
@@ -447,6 +460,7 @@ class _Run:
         """Start values, one validated run, and an estimate of what the fit will take."""
         self.program.train(False)
         self.program.start(self.train)
+        self._find_labelled()
         self.program.set_training()
         self.good = self._weights()
         first = self.train.rows(
@@ -568,8 +582,10 @@ class _Run:
                 p.grad = None
             weighted = sum(terms.values(), loss.new_zeros(()))
             numbers = {f"kl_{name}": term for name, term in terms.items()}
-            numbers["reconstruction"] = self.weight * weighted - loss.detach()
+            numbers["reconstruction"] = self.weight * weighted - loss.detach() - self.side
             numbers["train_elbo"] = numbers["reconstruction"] - weighted
+            if self.program.has_factors:
+                numbers["factors"] = self.side
             for name, value in numbers.items():
                 sums[name] = sums.get(name, 0) + len(batch) * value
             n_seen += len(batch)

@@ -112,6 +112,8 @@ def test_labelled_cells_alone_are_asked_for_the_factor(fitted):
     _, cells, fit = fitted
     given = {n: fit.settings[n] for n in ("epochs", "batch_size", "lr", "global_lr", "schedule", "warmup", "seed")}
     run = _Run(fit.program.copy(), cells, None, given)
+    with run.program.driven(0):
+        run._find_labelled()
     assert run.labelled is not None
     assert bool((run.labelled.label >= 0).all())
     # What it gives on average is the mean over all cells of the factor.
@@ -120,6 +122,29 @@ def test_labelled_cells_alone_are_asked_for_the_factor(fitted):
         whole = torch.stack([elbo_terms(run.program, cells).side.mean() for _ in range(50)])
     error = (sides.var() / len(sides) + whole.var() / len(whole)).sqrt()
     assert abs(float(sides.mean() - whole.mean())) < 4 * float(error)
+
+
+def test_a_factor_of_every_cell_is_asked_of_every_cell_and_history_keeps_it_apart():
+    _, cells = _labelled(200, 30)
+
+    def guide(cells, *, encoder):
+        with cells.plate():
+            loc, scale = encoder(cells)
+            z = pyro.sample("z", dist.Normal(loc, scale).to_event(1))
+            pyro.factor("far", z.square().sum(-1), has_rsample=False)
+
+    parts = {"prior": pyrosc.Prior(dist.Normal, 0.0, 1.0), "encoder": pyrosc.Encoder(2, 16)}
+    parts |= {"decoder": pyrosc.Decoder(2, 16), "dispersion": pyrosc.GeneDispersion()}
+    program = pyrosc.Program(
+        scvi.model, cells, guide, library=pyrosc.ObservedLibrary(), likelihood=pyrosc.NBLikelihood(), **parts
+    )
+    fit = _fit(program, cells, epochs=30, validation=None)
+    plain = _fit(pyrosc.scvi(cells, n_latent=2, n_hidden=16), cells, epochs=30, validation=None)
+    assert np.square(fit.latent(cells)).sum() < 0.5 * np.square(plain.latent(cells)).sum()
+    last = fit.history.iloc[-1]
+    assert last["factors"] < 0
+    assert last["train_elbo"] == pytest.approx(last["reconstruction"] - last["kl_z"], rel=1e-5)
+    assert last["train_elbo"] == pytest.approx(fit.elbo(cells, n_draws=10).mean(), rel=0.02)
 
 
 # ---- what labels say ------------------------------------------------------------------------

@@ -171,3 +171,39 @@ def test_shifted_groups_are_seeded_and_check_their_arguments():
     ):
         with pytest.raises(ValueError, match=message):
             pyrosc.simulate.shifted_groups(**wrong)
+
+
+def test_subtle_types_have_the_law_that_they_say():
+    data = pyrosc.simulate.subtle_types(4000, 600, 3, effect=1.0, n_markers=20, n_seeds=40, errors=0.25, seed=2)
+    kind, label = (data.obs[c].cat.codes.to_numpy() for c in ("cell_type", "label"))
+    marker_of = data.var["marker_of"].to_numpy()
+    x = data.X.toarray()
+
+    assert [int((marker_of == t).sum()) for t in ("", "type0", "type1", "type2")] == [540, 20, 20, 20]
+    assert x.sum(1).mean() == pytest.approx(1500, rel=0.1)  # LogNormal(log 1500, 0.3) has mean 1,569; depth is a median
+    assert x[:, marker_of != ""].mean() == pytest.approx(0.3, abs=0.06)
+    for t in range(3):
+        own = x[:, marker_of == f"type{t}"]
+        # The log ratio of means: 1, with an error of 20 x 1,333 counts of 0.3, and the softmax's.
+        assert np.log(own[kind == t].mean() / own[kind != t].mean()) == pytest.approx(1.0, abs=0.1)
+    rho = data.layers["rho"]
+    np.testing.assert_allclose(rho.sum(1), 1, rtol=1e-4)
+
+    assert (np.bincount(label[label >= 0]) == 40).all()
+    assert (label == kind)[label >= 0].mean() == pytest.approx(0.75)
+    again = pyrosc.simulate.subtle_types(4000, 600, 3, effect=1.0, n_markers=20, n_seeds=40, errors=0.25, seed=2)
+    assert (again.X != data.X).nnz == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"errors": 1.0}, "errors must be at least 0 and below 1"),
+        ({"n_seeds": 1000}, "n_cells=6,000 must be at least 16,000"),
+        ({"n_markers": 500}, "4 types of 500 markers need 2,000 genes"),
+        ({"n_types": 0}, "n_types must be a whole number"),
+    ],
+)
+def test_subtle_types_refuse_what_cannot_be(wrong, text):
+    with pytest.raises(ValueError, match=text):
+        pyrosc.simulate.subtle_types(**wrong)

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Which type is each cell?
 #
-# Seven hundred blood cells, of which we pretend to know the type of ten each. A story in which a cell's state comes from
-# its type learns from the labelled and the unlabelled alike; then we ask how often it is right, whether its
+# Seven hundred blood cells, of which we pretend to know the type of ten each. A story in which a cell's state comes
+# from its type learns from the labelled and the unlabelled alike; then we ask how often it is right, whether its
 # probabilities mean what they say, and what it does with a type that nobody named. A minute or two on a laptop.
 
 # %%
@@ -28,9 +28,9 @@ print(f"{len(kind)} cells, {len(common)} types, {len(shown)} labels")
 # %% [markdown]
 # ## The story
 #
-# A missing label means unlabelled. `y` is the type, `u` how a cell varies within it, `z` the state that is decoded. In the
-# guide `y` is summed over all its values, exactly: counts depend on it through `z` alone, so no cell is decoded twice.
-# A label that is known is what the prior of `y` says of that cell; there is no second story for it.
+# A missing label means unlabelled. `y` is the type, `u` how a cell varies within it, `z` the state that is decoded.
+# In the guide `y` is summed over all its values, exactly: counts depend on it through `z` alone, so no cell is
+# decoded twice. A label that is known is what the prior of `y` says of that cell; there is no second story for it.
 
 # %%
 cells = pyrosc.Cells.from_anndata(adata, label="label")
@@ -47,8 +47,8 @@ with warnings.catch_warnings():
 # %% [markdown]
 # ## Is it right, and does it know when it is not?
 #
-# Probabilities are averaged over draws of the state, and the cells' own labels are not looked at. We hold them against
-# the truth of cells that had no label. `ece` is how far probabilities are from the share that is right;
+# Probabilities are averaged over draws of the state, and the cells' own labels are not looked at. We hold them
+# against the truth of cells that had no label. `ece` is how far probabilities are from the share that is right;
 # `ece_if_calibrated` what it would be by chance alone.
 
 # %%
@@ -63,9 +63,9 @@ print(f"ECE {table.attrs['ece']:.1f}, by chance {table.attrs['ece_if_calibrated'
 # > ECE 0.1, by chance 0.0
 
 # %% [markdown]
-# Ten labels a type leave a classifier too sure of itself. A temperature by which log odds are divided is chosen on cells
-# whose labels the fit has not seen, never on those it was taught with; `threshold` is then where nine in ten of the cells
-# that are named are named rightly. The others are "unknown".
+# Ten labels a type leave a classifier too sure of itself. A temperature by which log odds are divided is chosen on
+# cells whose labels the fit has not seen, never on those it was taught with; `threshold` is then where nine in ten of
+# the cells that are named are named rightly. The others are "unknown".
 
 # %%
 cooler = fit.with_temperature(tuning)
@@ -80,9 +80,9 @@ print(f"named: {is_named.mean():.1f} of them, right: {(named['label'] == test.ob
 # %% [markdown]
 # ## A type that nobody named
 #
-# A classifier has no word for what it was not taught, and may be sure of the wrong one. So `labels` has a second number:
-# how far a cell's state is from the labelled cells of any type, and whether it shares with others what the fit does not
-# explain. We take the labels of the B cells away.
+# A classifier has no word for what it was not taught, and may be sure of the wrong one. So `labels` has a second
+# number: how far a cell's state is from the labelled cells of any type, and whether it shares with others what the
+# fit does not explain. We take the labels of the B cells away.
 
 # %%
 b = next(k for k in common if "B" in k)
@@ -119,7 +119,8 @@ print({name: round(p, 2) for name, p in seen.items()})
 # %% [markdown]
 # ## What this cannot say
 #
-# - A type is what the labels say it is. If those given are the clearest cells of each, the others are told less surely
-#   than held-out labels of the same kind make believe.
-# - `p_known` is small for a cell of a known type that was measured otherwise, too; a few cells of a new type may hide.
+# - A type is what the labels say it is. If those given are the clearest cells of each, the others are told less
+#   surely than held-out labels of the same kind make believe.
+# - `p_known` is small for a cell of a known type that was measured otherwise, too; a few cells of a new type may
+#   hide.
 # - Shares that are learned (`learned=True`) are of these cells, and wrong where types are hardly told apart.

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # New cells on a trained reference
 #
-# A reference was fitted and is used by others. New cells come from another batch, were measured for fewer genes, and hold
-# a type that the reference has never seen. We bring them onto it without moving it, name their types, and find the
-# strangers. A simulated tissue, so that the truth is known; a minute on a laptop.
+# A reference was fitted and is used by others. New cells come from another batch, were measured for fewer genes, and
+# hold a type that the reference has never seen. We bring them onto it without moving it, name their types, and find
+# the strangers. A simulated tissue, so that the truth is known; a minute on a laptop.
 
 # %%
 import warnings
@@ -47,8 +47,9 @@ print(f"the reference moved by {moved['latent']} in latent space, by {moved['exp
 # > the reference moved by 0.0 in latent space, by 0.0 in shares of genes
 
 # %% [markdown]
-# Missing genes are not zeros: they say nothing in the likelihood, the encoder reads what they would be in a cell of that
-# state, and the library is the total over all genes that goes with what was seen. Asking about all 400 genes is fine.
+# Missing genes are not zeros: they say nothing in the likelihood, the encoder reads what they would be in a cell of
+# that state, and the library is the total over all genes that goes with what was seen. Asking about all 400 genes is
+# fine.
 
 # %%
 print(mapped.expression(query, n_draws=5).shape)
@@ -57,9 +58,9 @@ print(mapped.expression(query, n_draws=5).shape)
 # %% [markdown]
 # ## Names, and strangers
 #
-# The classifier of the reference names the cells, or their nearest labelled neighbours do (`by="neighbors"`). Neither has
-# a word for type1. `p_known` does: it is near 0 where a cell is far from every type, or shares with many others what
-# the reference does not explain.
+# The classifier of the reference names the cells, or their nearest labelled neighbours do (`by="neighbors"`). Neither
+# has a word for type1. `p_known` does: it is near 0 where a cell is far from every type, or shares with many others
+# what the reference does not explain.
 
 # %%
 named = mapped.labels(query)
@@ -85,7 +86,9 @@ print(f"the reference moved by more than one in latent space: {moved['latent'] >
 # %% [markdown]
 # ## What this cannot say
 #
-# - The encoder does not see batches by default, so surgery leaves the query's state where the reference's encoder puts it.
-#   A batch far from all others of the reference is not brought nearer; compare with a joint fit when it matters.
-# - In a new batch states move, and p-values of known types are too small as well. Rank by them; the level is no promise.
+# - The encoder does not see batches by default, so surgery leaves the query's state where the reference's encoder
+#   puts it. A batch far from all others of the reference is not brought nearer; compare with a joint fit when it
+#   matters.
+# - In a new batch states move, and p-values of known types are too small as well. Rank by them; the level is no
+#   promise.
 # - A new type that makes up most of the query looks like what a new batch does to all its cells.

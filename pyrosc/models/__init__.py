@@ -5,9 +5,9 @@ Stories
 scvi    each cell has a low-dimensional state, decoded to shares of genes; counts scatter around share times total.
         For most count data with batches. Parts: prior, library, dispersion, decoder, likelihood, encoder.
 scanvi  the state comes from the cell's type, known for some cells, and from how it varies within the type.
-        To name cells by a few labels, and new cells by a reference (``fit.map``). Parts: those of scvi (the prior is that
-        of the variation within types), labels, classifier, state, within. It told simulated types better than a mixture
-        over labels as the prior of scvi with the same classifier term (benchmarks/README.md).
+        To name cells by a few labels, and new cells by a reference (``fit.map``). Parts: those of scvi (the prior is
+        that of the variation within types), labels, classifier, state, within. It told simulated types better than a
+        mixture over labels as the prior of scvi with the same classifier term (benchmarks/README.md).
 
 A story of your own is a function, ``Program(model, cells, ...)``; every part below fits it
 (tutorials/03_write_a_story.py):
