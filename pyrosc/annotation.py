@@ -242,8 +242,8 @@ def annotated(
         is_unknown |= surest < threshold
     if novelty is not None:
         is_unknown |= known < novelty
-    names = np.array([*map(str, types), UNKNOWN], dtype=object)
-    label = pd.Categorical(names[np.where(is_unknown, len(types), best)], categories=names)
+    names = list(dict.fromkeys([*map(str, types), UNKNOWN]))
+    label = pd.Categorical.from_codes(np.where(is_unknown, names.index(UNKNOWN), best), names)  # type: ignore[call-overload]
     return pd.DataFrame(
         {"label": label, "probability": surest, "p_known": known, "p_state": state, "p_residual": residual},
         index=cells.names,

@@ -35,8 +35,8 @@ class LabelPrior(Part):
     weights : how common types are, by name; types left out count 1, as all do for None
     learned : whether ``weights`` are a start, and the shares of types are learned from the cells without a label
         By maximum likelihood: each step moves them towards the mean of q(type | z). Where types are told apart well
-        they come out as the shares of the population, though labels may have been given to as many cells of each
-        (benchmarks/results/labels.md); where they are hardly told apart, a share can run away.
+        they come out as the shares of the population, though labels may have been given to as many cells of each;
+        where they are hardly told apart, a share can run away (`simulate.subtle_types`).
     errors : share of the labels that are wrong, and then any other type's, in [0, 1)
     groups : labels that stand for several types, by name: ``{"T": ["CD4 T", "CD8 T"]}``
         Of such a cell it is known that it is one of these. Every other level of the label column is a type.
@@ -131,7 +131,7 @@ class Classifier(Part):
     -----
     The added term is in the objective of training and in nothing else: it is no part of the ELBO, and a cell of known
     type would otherwise teach the classifier nothing (Kingma et al. 2014, NeurIPS 27, equation 9). Of 1, 10, 20 and 50,
-    20 told simulated types best (benchmarks/results/labels.md); at 1 they are not found.
+    20 told simulated types best (benchmarks/results/scanvi_choices.md); at 1 they are not found.
 
     The log odds are those among labelled cells. Where types are more or less common in the story (`LabelPrior`) than
     among labels, q(type | z) is shifted by the log of that ratio (Saerens et al. 2002, Neural Computation 14:21).

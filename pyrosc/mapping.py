@@ -63,7 +63,12 @@ def mapped(
         "trained": n_trained, "reference": reference.settings.get("n_cells", 0),
     }  # fmt: skip
     if train != "none" and not n_trained:
-        logger.info("these cells have no level that the reference has not, so surgery has nothing to train")
+        none = (
+            "the networks of the reference see no column"
+            if not _sees(reference.program)
+            else ("these cells have no level that the reference has not")
+        )
+        reference._warn(f'{none}, so surgery has nothing to train; train="decoder" fits more', depth=4)
     if train == "none" or not n_trained:
         settings = reference.settings | {"map": [*reference.settings.get("map", []), note], "fingerprint": None}
         found = Fit(_free(made[0]), reference.history, settings, [_free(m) for m in made[1:]])
@@ -137,6 +142,11 @@ def _made(reference: Fit, program: Program, cells: Cells, train: str) -> Program
             p.requires_grad_(train == "all")
     made.entries = entries if train == "surgery" else {}
     return made
+
+
+def _sees(program: Program) -> bool:
+    """Whether a network is handed a column."""
+    return any(getattr(part, "covariates", None) is not None for part in program.parts.values())
 
 
 def _n_trained(program: Program) -> int:

@@ -109,7 +109,7 @@ def scanvi(
     cells : with ``label=``, known for some of them; at least one label of two types
     n_latent, n_hidden, n_layers, dropout : as `scvi`; widths of encoder and decoder
     start : Fit of `scvi` on the same genes and columns, whose trained parts (encoder, decoder, ...) are the start
-        None starts from nothing, which told simulated types as well (benchmarks/results/labels.md).
+        None starts from nothing.
     seed : of the starting weights
     **parts : ``labels=``, ``classifier=``, ``state=``, ``within=``, and those of `scvi`; ``prior=`` is that of u
 
