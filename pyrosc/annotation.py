@@ -25,6 +25,8 @@ from .schema import listed
 UNKNOWN = "unknown"
 _FACTORS, _DRAWS, _FEW = 10, 5, 50
 _LARGE = 50.0  # squared residual factor, beyond which more says no more
+_GENES = 4000  # whose residuals are looked at: those of most counts
+_EXAMPLES = 20  # of types with two or more, for a p-value
 _SHRINK = 10.0  # examples that the common covariance counts for beside those at hand
 
 
@@ -135,7 +137,7 @@ def strangeness(z: Tensor, examples: Tensor, label: Tensor) -> tuple[Tensor, Ten
     """
     z, examples = z.double().cpu(), examples.double().cpu()
     kinds = label.unique()
-    counts = torch.stack([(label == k).sum() for k in kinds]).double()
+    counts = torch.stack([(label == k).sum() for k in kinds]).double()  # of one, its own distance says nothing
     means = torch.stack([examples[label == k].mean(0) for k in kinds])
     at = torch.searchsorted(kinds, label)
     within = examples - means[at]
@@ -155,20 +157,30 @@ def strangeness(z: Tensor, examples: Tensor, label: Tensor) -> tuple[Tensor, Ten
     # Without itself the mean of n is further from an example by n / (n - 1).
     factor = (counts / (counts - 1).clamp(min=0.5))[at].square()
     own[torch.arange(len(own)), at] *= factor
-    return found, own.min(1).values
+    return found, own.min(1).values[counts[at] > 1]
 
 
 def p_state(fit: Fit, cells: Cells) -> np.ndarray:
-    """(N,) conformal p-value that a cell's state is one of the types known: among labelled cells of the fit."""
-    marks = fit.examples
-    column = fit.schema.label.column if fit.schema.label is not None else ""
-    if marks is None or column not in marks.columns:
-        raise ProgramError(
-            f"{fit.program.story} has no labelled cells to set beside these, or was saved without them: fit again"
-        )
-    known = marks.columns[column] >= 0
-    found, own = strangeness(fit._centres(cells.without_labels()), marks.loc[known], marks.columns[column][known])
-    return conformal(found.numpy(), own.numpy())
+    """(N,) conformal p-value that a cell's state is one of the types known: among labelled cells of the fit.
+
+    nan where the fit holds too few of them.
+    """
+    loc, place = examples_of(fit)
+    if len(loc) < _EXAMPLES:
+        return np.full(len(cells), np.nan)
+    found, own = strangeness(fit._centres(cells.without_labels()), loc, place)
+    return conformal(found.numpy(), own.numpy()) if len(own) >= _EXAMPLES else np.full(len(cells), np.nan)
+
+
+def examples_of(fit: Fit) -> tuple[Tensor, Tensor]:
+    """(M, K) states of the labelled cells that a fit keeps, and (M,) places of their types; none of groups."""
+    marks, factor = fit.examples, fit.schema.label
+    if marks is None or factor is None or factor.column not in marks.columns:
+        return torch.zeros(0, 1), torch.zeros(0, dtype=torch.int64)
+    types = types_of(fit)
+    levels = torch.tensor([*(types.index(v) if v in types else -1 for v in factor.levels), -1])
+    place = levels[marks.columns[factor.column]]
+    return marks.loc[place >= 0], place[place >= 0]
 
 
 def p_residual(fit: Fit, cells: Cells, seed: int) -> np.ndarray:
@@ -183,9 +195,10 @@ def p_residual(fit: Fit, cells: Cells, seed: int) -> np.ndarray:
     n = len(cells)
     if n < _FEW:
         return np.ones(n)
+    genes = np.sort(np.argsort(-cells.gene_sums().counts.cpu().numpy(), kind="stable")[:_GENES])
     grams: list[Any] = [0, 0]
     sums: list[Any] = [0, 0]
-    for both in _residuals(fit, cells, seed):
+    for both in _residuals(fit, cells, genes, seed):
         for k, residual in enumerate(both):
             grams[k], sums[k] = grams[k] + residual.T @ residual, sums[k] + residual.sum(0)
     values, factors = _leading(grams[0] - np.outer(sums[0], sums[0]) / n, _FACTORS)
@@ -193,7 +206,7 @@ def p_residual(fit: Fit, cells: Cells, seed: int) -> np.ndarray:
     weight = np.maximum(0.0, values / edge[0] - 1) ** 2
     if not weight.any():
         return np.ones(n)
-    z = np.concatenate([(observed - sums[0] / n) @ factors for observed, _ in _residuals(fit, cells, seed)])
+    z = np.concatenate([(observed - sums[0] / n) @ factors for observed, _ in _residuals(fit, cells, genes, seed)])
     z -= np.median(z, 0)
     z /= np.maximum(1.4826 * np.median(np.abs(z), 0), 1e-12)
     score = np.minimum(z**2, _LARGE) @ weight
@@ -201,8 +214,8 @@ def p_residual(fit: Fit, cells: Cells, seed: int) -> np.ndarray:
     return conformal(score, null)
 
 
-def _residuals(fit: Fit, cells: Cells, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Block by block (n, G) residuals of the counts, and of counts drawn from the fit."""
+def _residuals(fit: Fit, cells: Cells, genes: np.ndarray, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Block by block (n, genes) residuals of the counts, and of counts drawn from the fit."""
 
     def ask(block: Cells, trace: poutine.Trace, n: int | None) -> Tensor:
         site: Any = trace.nodes["x"]
@@ -216,7 +229,7 @@ def _residuals(fit: Fit, cells: Cells, seed: int) -> Iterator[tuple[np.ndarray, 
         return found
 
     for (both,) in fit._runs(cells, [[cells]], max(_DRAWS, len(fit.members)), seed, ask):
-        found = both.double().cpu().numpy()
+        found = both.double().cpu().numpy()[..., genes]
         yield found[0], found[1]
 
 
@@ -236,13 +249,18 @@ def annotated(
     best = share.argmax(1)
     surest = share[np.arange(len(share)), best]
     state, residual = p_state(fit, cells), p_residual(fit, cells, seed)
+    if novelty is not None and np.isnan(state).any():
+        raise ProgramError(
+            f"novelty is judged beside labelled cells, and this fit keeps fewer than {_EXAMPLES} of types with two or "
+            'more; a fit mapped with train="all" keeps those of the query alone: leave novelty= out'
+        )
     known = state if (residual == 1).all() else combined(np.stack([state, residual], 1))
     is_unknown = np.zeros(len(cells), dtype=bool)
     if threshold is not None:
         is_unknown |= surest < threshold
     if novelty is not None:
         is_unknown |= known < novelty
-    names = list(dict.fromkeys([*map(str, types), UNKNOWN]))
+    names = list(dict.fromkeys([*types, UNKNOWN]))
     label = pd.Categorical.from_codes(np.where(is_unknown, names.index(UNKNOWN), best), names)  # type: ignore[call-overload]
     return pd.DataFrame(
         {"label": label, "probability": surest, "p_known": known, "p_state": state, "p_residual": residual},
@@ -256,15 +274,11 @@ def by_neighbors(fit: Fit, cells: Cells, k: int, n_draws: int, seed: int) -> Ten
     Weights fall with distance as exp(-t sd^2 / 4), sd that of a cell's k distances t (Lotfollahi et al. 2022, Nature
     Biotechnology 40:121).
     """
-    marks = fit.examples
     types = types_of(fit)
-    column = fit.schema.label.column if fit.schema.label is not None else ""
-    if marks is None or column not in marks.columns:
-        raise ProgramError(f"{fit.program.story} has no labelled cells to be neighbours of; fit again with labels")
-    levels = list(fit.schema.label.levels)  # type: ignore[union-attr]
-    place = torch.tensor([types.index(v) if v in types else -1 for v in levels])[marks.columns[column]]
-    loc, place = marks.loc[place >= 0].double(), place[place >= 0]
-    k = min(k, len(loc))
+    loc, place = examples_of(fit)
+    if not len(loc):
+        raise ProgramError(f"{fit.program.story} keeps no labelled cells to be neighbours of; fit again with labels")
+    loc, k = loc.double(), min(k, len(loc))
     own = cells.without_labels()
     total = torch.zeros(len(cells), len(types), dtype=torch.float64)
     for z in torch.from_numpy(fit.latent(own, n_draws, seed=seed)).double():

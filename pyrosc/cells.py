@@ -38,7 +38,6 @@ from .schema import (
     covariate_of,
     did_you_mean,
     factor_of,
-    grown,
     layout_notes,
     library_moments,
     listed,
@@ -361,9 +360,7 @@ class Cells:
     # ---- brought into a known order --------------------------------------------------------
 
     @classmethod
-    def align(
-        cls, data: anndata.AnnData | Cells, schema: Schema, *, missing: str = "error", grow: bool = False
-    ) -> Cells:
+    def align(cls, data: anndata.AnnData | Cells, schema: Schema, *, missing: str = "error") -> Cells:
         """New cells in the order and coding of ``schema``: genes by name, levels by value.
 
         Extra genes are left out. Cells without counts are let through with a warning: what is
@@ -374,7 +371,6 @@ class Cells:
         missing : "error", or "zero" to fill genes that the new cells lack
             They must be fewer than 5 %, say nothing in likelihoods (``gene_mask``), and the
             encoder reads a zero for them. "mask" takes up to half, for `Fit.map`, which fills in what encoders read.
-        grow : whether new levels of batch, sample and categorical columns are added to the schema
 
         Raises
         ------
@@ -394,8 +390,6 @@ class Cells:
             counts, genes, obs = read_layer(data, layer, notes), np.asarray(data.var_names.astype(str)), data.obs
         else:
             raise TypeError(f"expected Cells or an AnnData, not {type(data).__name__}")
-        if grow:
-            schema, _ = grown(schema, obs)
         place, mask = places(genes, schema.genes, missing, notes)
         aligned = counts.select(place)
         library = aligned.totals().numpy()

@@ -23,6 +23,15 @@ _IMPOSSIBLE = -100.0  # log probability; an infinite one has no gradient
 _EXAMPLE = {"weights": '{"B": 0.2, "NK": 0.1}', "groups": '{"T": ["CD4 T", "CD8 T"]}'}
 
 
+def _by_name(name: str, given: Any) -> dict[Any, Any]:
+    """What is given by type as a dict, from one or from pairs: files have no keys that are numbers."""
+    pairs = given.items() if isinstance(given, Mapping) else given or ()
+    try:
+        return {kind: value for kind, value in pairs}  # noqa: C416
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} takes types by name, such as {_EXAMPLE[name]}, not {given!r}") from None
+
+
 class LabelPrior(Part):
     """What is believed of the type of a cell before its counts: a Categorical over C types.
 
@@ -47,36 +56,37 @@ class LabelPrior(Part):
 
     def __init__(
         self,
-        weights: Mapping[str, float] | None = None,
+        weights: Mapping[Any, float] | Sequence[tuple[Any, float]] | None = None,
         errors: float = 0.0,
-        groups: Mapping[str, Sequence[str]] | None = None,
+        groups: Mapping[Any, Sequence[Any]] | Sequence[tuple[Any, Sequence[Any]]] | None = None,
         *,
         learned: bool = False,
     ) -> None:
         if isinstance(errors, bool) or not 0 <= errors < 1:
             raise ValueError(f"errors must be at least 0 and below 1, not {errors!r}: it is a share of the labels")
-        for name, given in (("weights", weights), ("groups", groups)):
-            if given is not None and not isinstance(given, Mapping):
-                raise ValueError(f"{name} takes types by name, such as {_EXAMPLE[name]}, not {given!r}")
-        for kind, weight in (weights or {}).items():
+        by_weight, by_group = _by_name("weights", weights), _by_name("groups", groups)
+        for kind, weight in by_weight.items():
             if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
                 raise ValueError(f'weights["{kind}"] must be a positive number, not {weight!r}')
-        empty = [group for group, types in (groups or {}).items() if isinstance(types, str) or not len(types)]
+        empty = [group for group, types in by_group.items() if isinstance(types, str) or not len(types)]
         if empty:
             raise ValueError(f'groups["{empty[0]}"] must be a list of types, such as ["CD4 T", "CD8 T"]')
         super().__init__(
-            weights=None if weights is None else dict(weights), errors=errors,
-            groups=None if groups is None else {group: list(types) for group, types in groups.items()}, learned=learned,
-        )  # fmt: skip
+            weights=None if weights is None else [[kind, weight] for kind, weight in by_weight.items()],
+            errors=errors,
+            groups=None if groups is None else [[group, list(types)] for group, types in by_group.items()],
+            learned=learned,
+        )
+        self.weights, self.groups = by_weight, by_group
 
     @property
     def sizes(self) -> dict[str, int]:
-        return {"n_groups": len(self.arguments["groups"] or {})}
+        return {"n_groups": len(self.groups)}
 
     def build(self, schema: Schema, sizes: Mapping[str, int], parts: Mapping[str, nn.Module]) -> None:
         if schema.label is None:
             raise ProgramError("a story of labels needs a label column: Cells.from_anndata(adata, label=...)")
-        weights, groups = self.arguments["weights"] or {}, self.arguments["groups"] or {}
+        weights, groups = self.weights, self.groups
         errors = self.arguments["errors"]
         levels = list(schema.label.levels)
         self.types = [v for v in levels if v not in groups]

@@ -11,7 +11,6 @@ total over all genes that goes with the total seen.
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -23,6 +22,8 @@ from .cells import Cells
 from .counts import logger
 from .draws import draw_guide, run_model
 from .errors import ProgramError
+from .labels import Classifier
+from .libraries import LatentLibrary
 from .loading import blocks
 from .networks import Covariates
 from .overlap import Landmarks
@@ -57,6 +58,7 @@ def mapped(
     base = Fit(made[0], reference.history, reference.settings)
     if missing:
         cells = filled(base, cells.to(base.device, base.program.dtype)).to("cpu")
+        _set_moments(cells, made, reference.schema.n_batches)
     n_trained = _n_trained(made[0])
     note: dict[str, Any] = {
         "train": train, "new_levels": {k: list(v) for k, v in new.items()}, "missing_genes": missing,
@@ -71,7 +73,8 @@ def mapped(
         reference._warn(f'{none}, so surgery has nothing to train; train="decoder" fits more', depth=4)
     if train == "none" or not n_trained:
         settings = reference.settings | {"map": [*reference.settings.get("map", []), note], "fingerprint": None}
-        found = Fit(_free(made[0]), reference.history, settings, [_free(m) for m in made[1:]])
+        first, *rest = (_free(m, reference.program) for m in made)
+        found = Fit(first, reference.history, settings, rest)
     else:
         if epochs is None:
             epochs = default_epochs(len(cells), batch_size, steps=_STEPS)
@@ -87,7 +90,8 @@ def mapped(
             for program in made
         ]  # fmt: skip
         found = fits[0]
-        found.program, found.members = _free(found.program), tuple(_free(f.program) for f in fits[1:])
+        first, *rest = (_free(f.program, reference.program) for f in fits)
+        found.program, found.members = first, tuple(rest)
         found.settings["map"] = [*reference.settings.get("map", []), note]
         for name in ("ensemble", "resampled", "label_temperature"):
             if name in reference.settings:
@@ -110,14 +114,7 @@ def extended(query: Cells | anndata.AnnData, schema: Schema) -> tuple[Cells, dic
     cells = Cells.align(query, more, missing="mask")
     if not len(cells):
         raise ValueError("there are no cells to map")
-    if new.get(schema.batch.column if schema.batch else ""):
-        first = schema.n_batches
-        moments = library_moments(cells.library.squeeze(-1).numpy(), cells.batch.numpy(), more.n_batches)
-        own = {k: (*getattr(schema, k), *moments[k][first:]) for k in moments}
-        more = copy.copy(more)
-        for name, value in own.items():
-            object.__setattr__(more, name, value)
-        cells = cells._copy(schema=more)
+    _set_moments(cells, [], schema.n_batches)
     if schema.label is not None and schema.label.column in obs.columns:
         strange = set(map(str, obs[schema.label.column].dropna())) - set(map(str, schema.label.levels))
         strange -= {str(schema.label.unlabeled)}
@@ -126,21 +123,42 @@ def extended(query: Cells | anndata.AnnData, schema: Schema) -> tuple[Cells, dic
     return cells, new
 
 
+def _set_moments(cells: Cells, programs: list[Program], n_old: int) -> None:
+    """Set the moments of log totals of new batches, in the schema and where a library has them from it."""
+    schema = cells.schema
+    if schema.n_batches == n_old:
+        return
+    moments = library_moments(cells.library.squeeze(-1).numpy(), cells.batch.numpy(), schema.n_batches)
+    for name, value in moments.items():
+        object.__setattr__(schema, name, (*getattr(schema, name)[:n_old], *value[n_old:]))
+    for program in programs:
+        part: Any = dict(program.parts.items()).get("library")
+        if isinstance(part, LatentLibrary):
+            for name in ("mean", "sd"):
+                if part.arguments[name] is None:
+                    getattr(part, name)[n_old:] = torch.tensor(moments[f"log_library_{name}"][n_old:])
+
+
 # ---- weights --------------------------------------------------------------------------------
 
 
 def _made(reference: Fit, program: Program, cells: Cells, train: str) -> Program:
     """A program for the longer schema, with the weights of the reference and what is to be trained set."""
     made, entries = lengthened(program, cells.schema)
+    frozen = {name for name, p in program.named_parameters() if not p.requires_grad}
     for name, p in made.named_parameters():
         part = name.split(".")[1] if name.startswith("parts.") else name
         if train == "surgery":
             p.requires_grad_(name in entries)
         elif train == "decoder":
-            p.requires_grad_(part in ("decoder", "dispersion", "likelihood"))
+            p.requires_grad_(name not in frozen and part in ("decoder", "dispersion", "likelihood"))
         else:
-            p.requires_grad_(train == "all")
+            p.requires_grad_(name not in frozen and train == "all")
     made.entries = entries if train == "surgery" else {}
+    has_labels = cells.schema.label is not None and bool((cells.label >= 0).any())
+    for own in made.parts.values():
+        if isinstance(own, Classifier) and train == "all" and has_labels:
+            own.__dict__["started"] = False  # of these cells other shares are labelled
     return made
 
 
@@ -157,11 +175,12 @@ def _n_trained(program: Program) -> int:
     )
 
 
-def _free(program: Program) -> Program:
-    """With every weight to be trained again, in a fit to come."""
+def _free(program: Program, was: Program) -> Program:
+    """With every weight to be trained again in a fit to come, but for those that were frozen in the reference."""
     program.entries = {}
-    for p in program.parameters():
-        p.requires_grad_(True)
+    frozen = {name for name, p in was.named_parameters() if not p.requires_grad}
+    for name, p in program.named_parameters():
+        p.requires_grad_(name not in frozen)
     return program
 
 
@@ -186,8 +205,12 @@ def lengthened(program: Program, schema: Schema) -> tuple[Program, dict[str, Ten
                 value.copy_(old)
                 continue
             is_new = torch.ones_like(value, dtype=torch.bool)
-            if old is None:
-                value.zero_()  # of a factor with one level until now: no effect, until it is trained
+            if old is None:  # of a factor with one level until now, which has no effect
+                if "embeddings" in name:
+                    value[0] = 0
+                    is_new[0] = False
+                else:
+                    value.zero_()
             else:
                 is_new = _grow(name, old, value, program, made, name in parameters)
             if name in parameters:
@@ -291,8 +314,7 @@ def filled(reference: Fit, cells: Cells) -> Cells:
             now = block._copy(fill=seen.new_zeros(len(block), int((~mask).sum())))
             for _ in range(_ROUNDS):
                 guide = draw_guide(program, now)
-                _at_mean(program, guide)
-                nodes: dict[str, Any] = run_model(program, guide, now, None).nodes
+                nodes = _at_mean(program, guide, now)
                 law = nodes["x"]["fn"].base_dist
                 seen_share = nodes["rho"]["value"][:, mask].sum(-1, keepdim=True)
                 mean = law.mean[:, ~mask]
@@ -339,13 +361,12 @@ def _decoded(fit: Fit, block: Cells) -> tuple[Tensor, Tensor]:
     """Posterior means of z of a block of cells, and shares decoded there."""
     with fit.program.driven(0), torch.no_grad():
         guide = draw_guide(fit.program, block)
-        _at_mean(fit.program, guide)
-        nodes: dict[str, Any] = run_model(fit.program, guide, block, None).nodes
+        nodes = _at_mean(fit.program, guide, block)
     return nodes["z"]["value"].cpu(), nodes["rho"]["value"].cpu()
 
 
-def _at_mean(program: Program, guide: Any) -> None:
-    """Set z in a run of the guide to its mean, where that has a closed form."""
+def _at_mean(program: Program, guide: Any, block: Cells) -> dict[str, Any]:
+    """Sites of a run of the model along the guide's, with z at its mean where that has a closed form."""
     site: Any = guide.nodes.get("z")
     if site is None:
         raise ProgramError(f'{program.story} has no "z" of each cell to go by')
@@ -353,3 +374,7 @@ def _at_mean(program: Program, guide: Any) -> None:
         site["value"] = site["fn"].mean
     except NotImplementedError:
         pass
+    nodes: dict[str, Any] = run_model(program, guide, block, None).nodes
+    if "rho" not in nodes:
+        raise ProgramError(f'{program.story} has no site "rho", the share of each gene, to go by')
+    return nodes

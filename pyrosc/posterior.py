@@ -357,8 +357,9 @@ class Fit:
 
         Parameters
         ----------
-        by : "story" for q(type | state) of the story (the exact posterior where the model sums types out)
-            "neighbors" for weighted shares of types among the ``k`` nearest labelled cells of the fit.
+        by : "story" for q(type | state) of the story (the exact posterior where the model sums types out), at the
+            temperature of the fit if it has one; "neighbors" for weighted shares of types among the ``k`` nearest
+            labelled cells of the fit
         k : neighbours
         n_draws : S; at least one of each refit of an ensemble
         seed : draws are random through it
@@ -383,7 +384,7 @@ class Fit:
             found = by_neighbors(self, cells, _whole("k", k, 1), n_draws, seed)
         else:
             found = probabilities(self, cells, n_draws, seed)
-        return pd.DataFrame(found.double().numpy(), index=cells.names, columns=list(map(str, types)))
+        return pd.DataFrame(found.double().numpy(), index=cells.names, columns=types)
 
     def labels(
         self,
@@ -413,21 +414,27 @@ class Fit:
             the types as this cell or farther (Mahalanobis distance of states to the nearest type's mean); and
             "p_residual", of what many of these cells have in common and the fit does not explain (1 for fewer than 50).
             A type that the fit knows nothing of may be named with a probability of 1 while "p_known" is near 0. In a
-            new batch states move, and p-values of known types are too small as well: 14 % were below 0.01 in
-            simulated batches (benchmarks/results/mapping.md), so rank by them rather than count on the level.
+            fit that keeps fewer than 20 labelled cells, "p_state" and "p_known" are nan. In a new batch states move,
+            and p-values of known types are too small as well: 11 to 14 % were below 0.01 in simulated batches
+            (benchmarks/results/mapping.md), so rank by them rather than count on the level.
 
         Raises
         ------
         ValueError
             If a threshold is out of range.
         ProgramError
-            If the story tells no types.
+            If the story tells no types; or ``novelty`` is asked of a fit that keeps too few labelled cells.
+
+        Notes
+        -----
+        "p_residual" decodes the cells twice and takes the leading factors of a matrix of genes by genes, of the 4,000
+        with most counts: some seconds for 10,000 cells x 2,000 genes, and 0.3 GB at most for the matrices.
         """
         from .annotation import annotated
 
         for name, value in (("threshold", threshold), ("novelty", novelty)):
-            if value is not None and (isinstance(value, bool) or not 0 < value < 1):
-                raise ValueError(f"{name} must be between 0 and 1, or None, not {value!r}")
+            if value is not None and (isinstance(value, bool) or not 0 < value <= 1):
+                raise ValueError(f"{name} must be above 0 and at most 1, or None, not {value!r}")
         return annotated(self, self._ready(cells), threshold, novelty, _whole("n_draws", n_draws, 1), seed)
 
     def with_temperature(self, cells: Cells | anndata.AnnData, *, n_draws: int = 25, seed: int = 0) -> Fit:

@@ -330,7 +330,7 @@ def test_labels_below_a_threshold_are_unknown(fitted):
     assert ((table["label"] == "unknown") == (table["probability"] < 0.9)).all()
     assert (fit.labels(cells)["label"] != "unknown").all()
     for name in ("threshold", "novelty"):
-        with pytest.raises(ValueError, match=f"{name} must be between 0 and 1"):
+        with pytest.raises(ValueError, match=f"{name} must be above 0 and at most 1"):
             fit.labels(cells, **{name: 1.5})
 
 
@@ -351,6 +351,40 @@ def test_reliability_of_right_and_of_too_sure_probabilities():
     assert wrong.attrs["brier"] == pytest.approx(expected)
     above = share.max(1) >= right.attrs["threshold"]
     assert (share.argmax(1) == truth)[above].mean() == pytest.approx(0.95, abs=0.005)
+
+
+def test_a_threshold_cuts_where_probabilities_differ():
+    share = np.array([[1.0, 0.0]] * 10 + [[0.6, 0.4]] * 10)
+    truth = np.array([0, 1] * 5 + [0] * 10)
+    table = reliability(share, truth, 0.7, 5, 0)
+    assert table.attrs["threshold"] == 0.6  # at 1.0 half are right, though the first of them in order is
+    assert table.attrs["named"] == 1.0
+    assert np.isnan(reliability(share, 1 - truth, 0.95, 5, 0).attrs["threshold"])
+
+
+@pytest.mark.parametrize("levels", [(1, 2, 3), (True, False)], ids=["numbers", "truths"])
+def test_labels_that_are_no_text_come_back_as_they_were(levels, tmp_path):
+    draw = np.random.default_rng(0)
+    label = draw.choice(levels, 80)
+    cells = Cells.from_counts(draw.poisson(2, (80, 20)), label=label)
+    labels = LabelPrior({levels[0]: 2.0}, groups={3: [1, 2]} if 3 in levels else None)
+    fit = _fit(pyrosc.scanvi(cells, n_latent=2, n_hidden=8, labels=labels), cells, epochs=1)
+    fit.save(tmp_path / "fit.safetensors")
+    back = pyrosc.load(tmp_path / "fit.safetensors")
+    pd.testing.assert_frame_equal(back.labels(cells), fit.labels(cells))
+    assert list(back.label_probabilities(cells).columns) == ([1, 2] if 3 in levels else [False, True])
+    assert type(back.labels(cells)["label"].iloc[0]) is type(levels[0])
+
+
+def test_novelty_wants_labelled_cells_to_set_beside():
+    draw = np.random.default_rng(0)
+    label = np.full(80, None, dtype=object)
+    label[:4] = ["a", "b", "a", "b"]
+    cells = Cells.from_counts(draw.poisson(2, (80, 20)), label=label)
+    fit = _fit(pyrosc.scanvi(cells, n_latent=2, n_hidden=8), cells, epochs=1)
+    assert fit.labels(cells)["p_known"].isna().all()
+    with pytest.raises(ProgramError, match="fewer than 20"):
+        fit.labels(cells, novelty=0.01)
 
 
 def test_check_and_temperature_read_labels_of_held_out_cells(fitted):

@@ -93,6 +93,46 @@ def test_surgery_leaves_the_reference_to_the_last_bit_and_moves_the_query(split,
         pd.testing.assert_frame_equal(found.expression(ref, n_draws=3), fit.expression(ref, n_draws=3))
 
 
+@pytest.mark.parametrize("embedding", [None, 1])
+def test_a_reference_of_one_batch_is_given_a_second(split, embedding):
+    ref, query = split
+    cells = Cells.from_anndata(ref[ref.obs["batch"] == "batch0"].copy(), batch="batch")
+    fit = _fit(pyrosc.scvi(cells, n_latent=3, n_hidden=16, decoder=Decoder(3, embedding=embedding)), cells, epochs=2)
+    found, none = _map(fit, query, epochs=10), _map(fit, query, "none")
+    assert drift(fit, found, cells) == {"latent": 0.0, "expression": 0.0}
+    one, two = (f.expression(query, n_draws=1).to_numpy() for f in (found, none))
+    assert not np.allclose(one, two, rtol=0.01)
+
+
+def test_moments_of_a_new_batch_are_of_totals_over_all_genes(split):
+    ref, query = split
+    cells = Cells.from_anndata(ref, batch="batch", categorical=["condition"])
+    fit = _fit(pyrosc.scvi(cells, n_latent=3, n_hidden=16, library=LatentLibrary()), cells, epochs=10)
+    found = _map(fit, query[:, :120].copy(), "none")
+    expected = np.log(np.asarray(query.X.sum(1)).ravel()).mean()
+    assert found.program.parts["library"].mean[2] == pytest.approx(expected, abs=0.1)
+    assert found.schema.log_library_mean[2] == pytest.approx(float(found.program.parts["library"].mean[2]))
+    assert torch.equal(found.program.parts["library"].mean[:2], fit.program.parts["library"].mean)
+
+
+def test_what_was_frozen_stays_frozen(split):
+    ref, query = split
+    cells = Cells.from_anndata(ref, batch="batch", categorical=["condition"])
+    program = pyrosc.scvi(cells, n_latent=3, n_hidden=16)
+    program.parts["encoder"].requires_grad_(False)
+    found = _map(_fit(program, cells, epochs=1), query, "all", epochs=1)
+    for one, two in zip(found.program.parts["encoder"].parameters(), program.parts["encoder"].parameters()):
+        assert torch.equal(one, two)
+        assert not one.requires_grad
+
+
+@pytest.mark.parametrize("train", ["none", "surgery", "decoder", "all"])
+def test_labels_are_answered_after_every_way(split, reference, train):
+    table = _map(reference[1], split[1], train, epochs=1).labels(split[1])
+    assert table["p_state"].isna().all() == (train == "all")
+    assert table["label"].notna().all()
+
+
 def test_new_columns_start_at_the_mean_of_the_others(split):
     ref, query = split
     cells = Cells.from_anndata(ref, batch="batch", categorical=["condition"])

@@ -107,7 +107,7 @@ print(f"of the other cells: {found['p_known'][kind != b].median():.1f}")
 
 # %%
 labels = pyrosc.LabelPrior(errors=0.1, groups={"myeloid": ["CD14+ Monocyte", "Dendritic"]})
-adata.obs["label"] = np.where(np.isin(kind, labels.arguments["groups"]["myeloid"]), "myeloid", kind)
+adata.obs["label"] = np.where(np.isin(kind, labels.groups["myeloid"]), "myeloid", kind)
 adata.obs.loc[adata.obs_names[shown], "label"] = kind[shown]
 mixed = pyrosc.Cells.from_anndata(adata, label="label")
 part = pyrosc.scanvi(mixed, labels=labels).parts["labels"]

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from ..annotation import probabilities, truths, types_of
+from ..annotation import truths, types_of
 from ..cells import Cells
 from ..posterior import Fit
 
@@ -29,6 +29,7 @@ def labels(
     cells: Cells | anndata.AnnData,
     *,
     accuracy: float = 0.95,
+    by: str = "story",
     n_bins: int = 10,
     n_draws: int = 25,
     seed: int = 0,
@@ -39,6 +40,7 @@ def labels(
     ----------
     cells : with known labels; cells without are left out
     accuracy : wanted of the cells that are named, for the threshold
+    by : "story" or "neighbors", as in `Fit.label_probabilities`
     n_bins : of the probability of the most probable type, from 1 / C to 1, of equal width
     n_draws, seed : of the probabilities
 
@@ -47,8 +49,8 @@ def labels(
     DataFrame
         One row a bin with cells: "from" and "to", "n", mean "probability", "accuracy" with its 95 % interval "lower"
         and "upper" (Clopper and Pearson). ``.attrs``: "n", "accuracy", "balanced_accuracy", "brier", "nll", "ece",
-        "ece_if_calibrated" (mean of simulated ones), "threshold", the least at which cells above are right as often
-        as wanted (nan if never), and "named", their share.
+        "ece_if_calibrated" (mean of simulated ones), "threshold", the least at which cells at or above it are right
+        as often as wanted (nan if never: name none), and "named", their share.
 
     Raises
     ------
@@ -67,9 +69,8 @@ def labels(
     known = np.flatnonzero(truth >= 0)
     if not len(known):
         raise ValueError("no cell has a label of the fit's, so there is nothing to compare probabilities with")
-    return reliability(
-        probabilities(fit, own[known], n_draws, seed).double().numpy(), truth[known], accuracy, n_bins, seed
-    )
+    share = fit.label_probabilities(own[known], by=by, n_draws=n_draws, seed=seed).to_numpy(dtype=np.float64)
+    return reliability(share, truth[known], accuracy, n_bins, seed)
 
 
 def reliability(share: np.ndarray, truth: np.ndarray, accuracy: float, n_bins: int, seed: int) -> pd.DataFrame:
@@ -90,7 +91,8 @@ def reliability(share: np.ndarray, truth: np.ndarray, accuracy: float, n_bins: i
     chance = [_ece(surest, draw.uniform(size=n) < surest, at, n_bins) for _ in range(_SIMULATED)]
     order = np.argsort(-surest, kind="stable")
     so_far = np.cumsum(right[order]) / np.arange(1, n + 1)
-    good = np.flatnonzero(so_far >= accuracy)
+    is_cut = np.append(np.diff(surest[order]) < 0, True)  # cells of one probability are named together
+    good = np.flatnonzero((so_far >= accuracy) & is_cut)
     table.attrs |= {
         "n": n, "accuracy": float(right.mean()),
         "balanced_accuracy": float(np.mean([right[truth == c].mean() for c in np.unique(truth)])),

@@ -153,6 +153,8 @@ def scanvi(
         within=TypeNormal(),
     )
     program = Program(model, cells, guide, seed=seed, **(defaults | from_start | parts))
+    if len(program.parts["labels"].types) < 2:  # type: ignore[arg-type]
+        raise ProgramError(f'scanvi tells types apart, and all labels of "{label.column}" but one are groups')
     for name in from_start.keys() - parts.keys():
         program.parts[name].load_state_dict(from_start[name].state_dict())
         program.parts[name].__dict__["started"] = True
@@ -164,16 +166,20 @@ def _started(fit: Any, cells: Cells) -> dict[str, nn.Module]:
     if not isinstance(getattr(fit, "program", None), Program):
         raise TypeError(f"start takes a Fit, such as pyrosc.fit(pyrosc.scvi(cells), cells), not {type(fit).__name__}")
     now, schema = cells.schema, fit.schema
+
+    def columns(s: Any) -> Any:
+        return [None if f is None else (f.column, f.levels) for f in (s.batch, *s.categorical)]
+
     for what, own, theirs in (
         ("genes", now.genes, schema.genes),
-        ("batches", now.batch, schema.batch),
-        ("categorical columns", now.categorical, schema.categorical),
-        ("continuous columns", now.continuous, schema.continuous),
+        ("batches or categorical columns", columns(now), columns(schema)),
+        ("continuous columns, or scalings of them,", now.continuous, schema.continuous),
+        ("size factors", now.size_factor, schema.size_factor),
     ):
         if own != theirs:
             raise ValueError(
-                f"start was fitted to other {what} than these cells have; bring them into its order: "
-                "Cells.from_anndata(...) with the columns of the fit and genes=list(fit.schema.genes)"
+                f"start was fitted to other {what} than these cells have: read them with the columns of the fit and "
+                "genes=list(fit.schema.genes), or fit pyrosc.scvi to these cells"
             )
     names = ("library", "dispersion", "decoder", "likelihood", "encoder")
     return {name: fit.program.parts[name] for name in names if name in fit.program.parts}
