@@ -260,7 +260,8 @@ def recode(factor: Factor, column: pd.Series, role: str) -> np.ndarray:
         f'obs["{factor.column}"] ({role}) has {"missing values" if strange == [None] else "levels"} that training did '
         f"not: {listed(strange)} for {n:,} of {len(values):,} cells. Known: {listed(factor.levels, 10)}. "
         f"Either name the known level that is nearest in obs, or average over the known ones "
-        f'(expression(..., do={{"{factor.column}": "all"}}) after setting any), or fit again with these cells.'
+        f'(expression(..., do={{"{factor.column}": "all"}}) after setting any), or give them weights of their own: '
+        "fit.map(these cells), or fit again with them."
     )
 
 

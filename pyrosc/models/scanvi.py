@@ -109,7 +109,7 @@ def scanvi(
     cells : with ``label=``, known for some of them; at least one label of two types
     n_latent, n_hidden, n_layers, dropout : as `scvi`; widths of encoder and decoder
     start : Fit of `scvi` on the same genes and columns, whose trained parts (encoder, decoder, ...) are the start
-        None starts from nothing.
+        None starts from nothing, which told simulated types better (benchmarks/results/scanvi_choices.md)
     seed : of the starting weights
     **parts : ``labels=``, ``classifier=``, ``state=``, ``within=``, and those of `scvi`; ``prior=`` is that of u
 
@@ -124,7 +124,7 @@ def scanvi(
     ProgramError
         If there is no label, a part is unknown, or parts do not fit together.
 
-    >>> cells = Cells.from_counts([[1, 0, 2], [0, 3, 1], [2, 2, 0]], label=["B", "NK", None])
+    >>> cells = Cells.from_counts([[1, 0, 2], [0, 3, 1]] * 3, label=["B", "NK", "B", "NK", None, None])
     >>> scanvi(cells, n_latent=2, labels=LabelPrior(errors=0.1)).guided_sums
     ['y']
     """
