@@ -47,6 +47,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -160,7 +161,7 @@ def units(given: argparse.Namespace) -> Iterator[Unit]:
             yield Unit("kang", "Kang", seed, arms, lambda seed=seed: with_labels(real, seed), "donor")
         if "unknown" in given.part:
             for name in np.unique(real.obs["cell_type"]):
-                make = lambda name=name, seed=seed: with_labels(real, seed, name)  # noqa: E731
+                make = partial(with_labels, real, seed, name)
                 yield Unit("unknown", name, seed, (PYROSC, PEER), make, "donor")
     if "time" in given.part:
         for n_types in SIZES:
@@ -484,33 +485,34 @@ def report(rows: Rows, notes: list[str]) -> str:
 
 
 class Table:
-    """Rows as they come, on screen and in the folder; those of earlier runs there are kept."""
+    """Rows as they come, on screen and as NAME.json and NAME.md in a folder; those of earlier runs there are kept."""
 
-    def __init__(self, out: Path, sizes: dict[str, int | None], note: str) -> None:
-        self.out, self.sizes = out, sizes
+    def __init__(
+        self, out: Path, name: str, report: Callable[[Rows, list[str]], str], sizes: dict[str, int | None], note: str
+    ) -> None:
+        self.file, self.report, self.sizes = out / f"{name}.json", report, sizes
         self.rows: Rows = []
         self.notes: list[str] = []
-        if (out / "labels.json").exists():
-            held = json.loads((out / "labels.json").read_text())
+        if self.file.exists():
+            held = json.loads(self.file.read_text())
             if held["sizes"] != sizes:
-                sys.exit(f"{out}/labels.json was made with {held['sizes']}, not {sizes}: choose another --out")
+                sys.exit(f"{self.file} was made with {held['sizes']}, not {sizes}: choose another --out")
             self.rows, self.notes = held["rows"], held["notes"]
         self.notes += [note] * (note not in self.notes)
 
-    def has(self, unit: Unit, arm: str) -> bool:
-        sought = (unit.part, unit.setting, unit.seed, arm)
-        return any((r["part"], r["setting"], r["seed"], r["arm"]) == sought for r in self.rows)
+    def has(self, **what: Any) -> bool:
+        return any(all(row[name] == value for name, value in what.items()) for row in self.rows)
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
         print("; ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{v}" for k, v in row.items()), flush=True)
-        with replaced(self.out / "labels.json") as path:
+        with replaced(self.file) as path:
             path.write_text(json.dumps({"sizes": self.sizes, "notes": self.notes, "rows": self.rows}, indent=1))
         self.write()
 
     def write(self) -> None:
         if self.rows:
-            (self.out / "labels.md").write_text(report(self.rows, self.notes))
+            self.file.with_suffix(".md").write_text(self.report(self.rows, self.notes))
 
 
 def machine(peer: str | None) -> str:
@@ -559,13 +561,14 @@ def main() -> None:
     warnings.simplefilter("ignore")
     given.out.mkdir(parents=True, exist_ok=True)
     sizes = {name: getattr(given, name) for name in ("cells", "genes", "epochs")}
-    out = Table(given.out, sizes, machine(given.peer))
+    out = Table(given.out, "labels", report, sizes, machine(given.peer))
     failed = []
     for unit in units(given):
-        arms = [a for a in unit.arms if a in given.arms and (a != PEER or given.peer) and not out.has(unit, a)]
+        about = {"part": unit.part, "setting": unit.setting, "seed": unit.seed}
+        arms = [a for a in unit.arms if a in given.arms and (a != PEER or given.peer) and not out.has(**about, arm=a)]
         data = unit.make() if arms else None
         for arm in arms:
-            what = {"part": unit.part, "setting": unit.setting, "seed": unit.seed, "arm": arm}
+            what = about | {"arm": arm}
             try:
                 found = ask(given.peer if arm == PEER else sys.executable, arm, unit, data, given)
             except RuntimeError as error:

@@ -43,10 +43,8 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -56,7 +54,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from fdr import markdown
-from labels import machine, replaced
+from labels import Table, machine, replaced
 
 PARTS = ("sim", "kang", "lines")
 NONE, SURGERY, DECODER, ALL = "none", "surgery", "decoder", "all"
@@ -434,9 +432,11 @@ def report(rows: Rows, notes: list[str]) -> str:
     text = ["# Mapping onto a reference", "", "Made by `benchmarks/mapping.py`, which says how to read it.", ""]
     text += [*[f"- {note}" for note in notes], ""]
     places = (list(PARTS), list(dict.fromkeys(r["setting"] for r in sorted(rows, key=lambda r: r["setting"]))))
-    order = lambda r: (  # noqa: E731
-        places[0].index(r["part"]), places[1].index(r["setting"]), r["missing"], ARMS.index(r["arm"]), r["seed"],
-    )  # fmt: skip
+
+    def order(r: dict[str, Any]) -> tuple[Any, ...]:
+        place = places[0].index(r["part"]), places[1].index(r["setting"])
+        return *place, r["missing"], ARMS.index(r["arm"]), r["seed"]
+
     frame = pd.DataFrame(sorted(rows, key=order))
     kept = lines(frame) if "drift latent" in frame else ()
     if len(kept):
@@ -452,35 +452,6 @@ def report(rows: Rows, notes: list[str]) -> str:
         arms.columns = ["missing", "arm", "accuracy, mean over queries", "worst"]
         text += ["Over all queries:", "", *markdown(arms.assign(missing=arms["missing"].map("{:.0%}".format))), ""]
     return "\n".join(text)
-
-
-class Table:
-    """Rows as they come, on screen and in the folder; those of earlier runs there are kept."""
-
-    def __init__(self, out: Path, sizes: dict[str, int | None], note: str) -> None:
-        self.out, self.sizes = out, sizes
-        self.rows: Rows = []
-        self.notes: list[str] = []
-        if (out / "mapping.json").exists():
-            held = json.loads((out / "mapping.json").read_text())
-            if held["sizes"] != sizes:
-                sys.exit(f"{out}/mapping.json was made with {held['sizes']}, not {sizes}: choose another --out")
-            self.rows, self.notes = held["rows"], held["notes"]
-        self.notes += [note] * (note not in self.notes)
-
-    def has(self, what: dict[str, Any]) -> bool:
-        return any(all(row[name] == value for name, value in what.items()) for row in self.rows)
-
-    def add(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-        print("; ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{v}" for k, v in row.items()), flush=True)
-        with replaced(self.out / "mapping.json") as path:
-            path.write_text(json.dumps({"sizes": self.sizes, "notes": self.notes, "rows": self.rows}, indent=1))
-        self.write()
-
-    def write(self) -> None:
-        if self.rows:
-            (self.out / "mapping.md").write_text(report(self.rows, self.notes))
 
 
 def main() -> None:
@@ -511,25 +482,17 @@ def main() -> None:
     warnings.simplefilter("ignore")
     given.out.mkdir(parents=True, exist_ok=True)
     sizes = {name: getattr(given, name) for name in ("cells", "genes", "epochs")}
-    out = Table(given.out, sizes, machine(given.peer))
-    failed = []
+    out = Table(given.out, "mapping", report, sizes, machine(given.peer))
     for unit in units(given):
         about = {"part": unit.part, "setting": unit.setting, "missing": unit.missing, "seed": unit.seed}
         arms = [a for a in unit.arms if a in given.arms and (a != PEER or given.peer)]
-        arms = [a for a in arms if not out.has(about | {"arm": a})]
+        arms = [a for a in arms if not out.has(**about, arm=a)]
         pair = unit.make() if arms else None
         for arm in arms:
             what = about | {"arm": arm}
-            try:
-                row = what | scores(pair, ask(arm, unit, pair, given))
-            except Exception:  # one arm's failure is no reason to lose the others
-                failed.append(what)
-                print(f"{what} failed:\n{traceback.format_exc()[-3000:]}", file=sys.stderr, flush=True)
-                continue
+            row = what | scores(pair, ask(arm, unit, pair, given))
             out.add(row)
     out.write()
-    if failed:
-        sys.exit(f"{len(failed)} failed, and are run again by the same command: {failed}")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from .elbo import follow
 from .errors import ProgramError
 from .outliers import combined, conformal
 from .posterior import Fit
+from .prediction import law_of_counts
 from .program import Program
 from .schema import listed
 
@@ -218,8 +219,8 @@ def _residuals(fit: Fit, cells: Cells, genes: np.ndarray, seed: int) -> Iterator
     """Block by block (n, genes) residuals of the counts, and of counts drawn from the fit."""
 
     def ask(block: Cells, trace: poutine.Trace, n: int | None) -> Tensor:
-        site: Any = trace.nodes["x"]
-        law, x = getattr(site["fn"], "base_dist", site["fn"]), site["value"]
+        site: Any = trace.nodes.get("x")
+        law, x = law_of_counts(fit, trace), site["value"]
         mean, variance = (v.reshape(-1, len(block), v.shape[-1]).mean(0) for v in (law.mean, law.variance))
         drawn = law.sample().reshape(-1, len(block), x.shape[-1])[0]
         both = torch.stack([x.reshape(-1, len(block), x.shape[-1])[0], drawn])
@@ -261,7 +262,8 @@ def annotated(
     if novelty is not None:
         is_unknown |= known < novelty
     names = list(dict.fromkeys([*types, UNKNOWN]))
-    label = pd.Categorical.from_codes(np.where(is_unknown, names.index(UNKNOWN), best), names)  # type: ignore[call-overload]
+    code: Any = np.where(is_unknown, names.index(UNKNOWN), best)
+    label = pd.Categorical.from_codes(code, dtype=pd.CategoricalDtype(names))
     return pd.DataFrame(
         {"label": label, "probability": surest, "p_known": known, "p_state": state, "p_residual": residual},
         index=cells.names,

@@ -27,7 +27,7 @@ def _by_name(name: str, given: Any) -> dict[Any, Any]:
     """What is given by type as a dict, from one or from pairs: files have no keys that are numbers."""
     pairs = given.items() if isinstance(given, Mapping) else given or ()
     try:
-        return {kind: value for kind, value in pairs}  # noqa: C416
+        return dict(pairs)
     except (TypeError, ValueError):
         raise ValueError(f"{name} takes types by name, such as {_EXAMPLE[name]}, not {given!r}") from None
 
@@ -140,8 +140,9 @@ class Classifier(Part):
     Notes
     -----
     The added term is in the objective of training and in nothing else: it is no part of the ELBO, and a cell of known
-    type would otherwise teach the classifier nothing (Kingma et al. 2014, NeurIPS 27, equation 9). Of 1, 10, 20 and 50,
-    20 told simulated types best (benchmarks/results/scanvi_choices.md); at 1 they are not found.
+    type would otherwise teach the classifier nothing (Kingma et al. 2014, NeurIPS 27, equation 9). With 10 and
+    20 simulated types were told about as well, with 50 less so, and with 1 not at all (one tissue:
+    benchmarks/results/scanvi_choices.md).
 
     The log odds are those among labelled cells. Where types are more or less common in the story (`LabelPrior`) than
     among labels, q(type | z) is shifted by the log of that ratio (Saerens et al. 2002, Neural Computation 14:21).

@@ -12,10 +12,13 @@ total over all genes that goes with the total seen.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import anndata
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from .cells import Cells
@@ -28,6 +31,7 @@ from .loading import blocks
 from .networks import Covariates
 from .overlap import Landmarks
 from .posterior import Fit
+from .prediction import law_of_counts
 from .program import Program
 from .schema import Schema, grown, library_moments, listed
 from .training import default_epochs, fit
@@ -58,18 +62,16 @@ def mapped(
     base = Fit(made[0], reference.history, reference.settings)
     if missing:
         cells = filled(base, cells.to(base.device, base.program.dtype)).to("cpu")
-        _set_moments(cells, made, reference.schema.n_batches)
+        cells = _with_moments(cells, reference.schema.n_batches, made)
     n_trained = _n_trained(made[0])
     note: dict[str, Any] = {
         "train": train, "new_levels": {k: list(v) for k, v in new.items()}, "missing_genes": missing,
         "trained": n_trained, "reference": reference.settings.get("n_cells", 0),
     }  # fmt: skip
     if train != "none" and not n_trained:
-        none = (
-            "the networks of the reference see no column"
-            if not _sees(reference.program)
-            else ("these cells have no level that the reference has not")
-        )
+        none = "these cells have no level that the reference has not"
+        if not _sees(reference.program):
+            none = "the networks of the reference see no column"
         reference._warn(f'{none}, so surgery has nothing to train; train="decoder" fits more', depth=4)
     if train == "none" or not n_trained:
         settings = reference.settings | {"map": [*reference.settings.get("map", []), note], "fingerprint": None}
@@ -114,7 +116,7 @@ def extended(query: Cells | anndata.AnnData, schema: Schema) -> tuple[Cells, dic
     cells = Cells.align(query, more, missing="mask")
     if not len(cells):
         raise ValueError("there are no cells to map")
-    _set_moments(cells, [], schema.n_batches)
+    cells = _with_moments(cells, schema.n_batches)
     if schema.label is not None and schema.label.column in obs.columns:
         strange = set(map(str, obs[schema.label.column].dropna())) - set(map(str, schema.label.levels))
         strange -= {str(schema.label.unlabeled)}
@@ -123,20 +125,22 @@ def extended(query: Cells | anndata.AnnData, schema: Schema) -> tuple[Cells, dic
     return cells, new
 
 
-def _set_moments(cells: Cells, programs: list[Program], n_old: int) -> None:
-    """Set the moments of log totals of new batches, in the schema and where a library has them from it."""
-    schema = cells.schema
-    if schema.n_batches == n_old:
-        return
-    moments = library_moments(cells.library.squeeze(-1).numpy(), cells.batch.numpy(), schema.n_batches)
-    for name, value in moments.items():
-        object.__setattr__(schema, name, (*getattr(schema, name)[:n_old], *value[n_old:]))
+def _with_moments(cells: Cells, n_old: int, programs: Sequence[Program] = ()) -> Cells:
+    """Cells whose schema has the moments of log totals of new batches; programs of the old one take it over."""
+    if cells.schema.n_batches == n_old:
+        return cells
+    totals, batch = (t.cpu().numpy() for t in (cells.library.squeeze(-1), cells.batch))
+    moments = library_moments(totals, batch, cells.schema.n_batches)
+    both: dict[str, Any] = {name: (*getattr(cells.schema, name)[:n_old], *v[n_old:]) for name, v in moments.items()}
+    schema = replace(cells.schema, **both)
     for program in programs:
+        program.schema = schema
         part: Any = dict(program.parts.items()).get("library")
         if isinstance(part, LatentLibrary):
             for name in ("mean", "sd"):
                 if part.arguments[name] is None:
                     getattr(part, name)[n_old:] = torch.tensor(moments[f"log_library_{name}"][n_old:])
+    return cells._copy(schema=schema)
 
 
 # ---- weights --------------------------------------------------------------------------------
@@ -314,9 +318,9 @@ def filled(reference: Fit, cells: Cells) -> Cells:
             now = block._copy(fill=seen.new_zeros(len(block), int((~mask).sum())))
             for _ in range(_ROUNDS):
                 guide = draw_guide(program, now)
-                nodes = _at_mean(program, guide, now)
-                law = nodes["x"]["fn"].base_dist
-                seen_share = nodes["rho"]["value"][:, mask].sum(-1, keepdim=True)
+                trace = _at_mean(program, guide, now)
+                law, rho = law_of_counts(reference, trace), trace.nodes["rho"]["value"]
+                seen_share = rho[:, mask].sum(-1, keepdim=True)
                 mean = law.mean[:, ~mask]
                 zeros = law.log_prob(torch.zeros_like(law.mean)).exp()[:, ~mask]
                 some = (1 - zeros).clamp(min=1e-6)
@@ -361,12 +365,12 @@ def _decoded(fit: Fit, block: Cells) -> tuple[Tensor, Tensor]:
     """Posterior means of z of a block of cells, and shares decoded there."""
     with fit.program.driven(0), torch.no_grad():
         guide = draw_guide(fit.program, block)
-        nodes = _at_mean(fit.program, guide, block)
+        nodes: dict[str, Any] = _at_mean(fit.program, guide, block).nodes
     return nodes["z"]["value"].cpu(), nodes["rho"]["value"].cpu()
 
 
-def _at_mean(program: Program, guide: Any, block: Cells) -> dict[str, Any]:
-    """Sites of a run of the model along the guide's, with z at its mean where that has a closed form."""
+def _at_mean(program: Program, guide: poutine.Trace, block: Cells) -> Any:
+    """A run of the model along the guide's, with z at its mean where that has a closed form."""
     site: Any = guide.nodes.get("z")
     if site is None:
         raise ProgramError(f'{program.story} has no "z" of each cell to go by')
@@ -374,7 +378,7 @@ def _at_mean(program: Program, guide: Any, block: Cells) -> dict[str, Any]:
         site["value"] = site["fn"].mean
     except NotImplementedError:
         pass
-    nodes: dict[str, Any] = run_model(program, guide, block, None).nodes
-    if "rho" not in nodes:
+    model = run_model(program, guide, block, None)
+    if "rho" not in model.nodes:
         raise ProgramError(f'{program.story} has no site "rho", the share of each gene, to go by')
-    return nodes
+    return model

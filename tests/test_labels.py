@@ -252,7 +252,7 @@ def test_shares_of_types_are_learned_though_labels_are_even():
     cells = Cells.from_anndata(adata, label="label")
     fit = _fit(pyrosc.scanvi(cells, labels=LabelPrior(learned=True)), cells, epochs=40)
     shares = fit.program.parts["labels"].log_weights.softmax(-1).detach().numpy()
-    truth = pd.Series(kind[label == None]).value_counts(normalize=True).sort_index()  # noqa: E711
+    truth = pd.Series(kind[pd.isna(label)]).value_counts(normalize=True).sort_index()
     assert truth.iloc[0] > 0.6
     np.testing.assert_allclose(shares, truth, atol=0.04)
 

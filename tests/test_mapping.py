@@ -16,7 +16,6 @@ from pyrosc import (
     Cells,
     Decoder,
     Encoder,
-    GeneDispersion,
     LatentLibrary,
     LinearDecoder,
     Prior,
@@ -314,4 +313,3 @@ def test_a_part_that_grows_in_its_own_way_is_refused_by_name(split):
     fit = _fit(pyrosc.scvi(cells, n_latent=3, n_hidden=16, dispersion=ByBatch()), cells, epochs=1)
     with pytest.raises(pyrosc.ProgramError, match=r"dispersion.table is \(5, 200\) in the reference and \(7, 200\)"):
         fit.map(split[1], progress=False)
-    assert isinstance(GeneDispersion(), pyrosc.Part)

@@ -109,7 +109,7 @@ def scanvi(
     cells : with ``label=``, known for some of them; at least one label of two types
     n_latent, n_hidden, n_layers, dropout : as `scvi`; widths of encoder and decoder
     start : Fit of `scvi` on the same genes and columns, whose trained parts (encoder, decoder, ...) are the start
-        None starts from nothing, which told simulated types better (benchmarks/results/scanvi_choices.md)
+        None starts from nothing, which told simulated types better (one tissue: benchmarks/results/scanvi_choices.md)
     seed : of the starting weights
     **parts : ``labels=``, ``classifier=``, ``state=``, ``within=``, and those of `scvi`; ``prior=`` is that of u
 
@@ -153,7 +153,8 @@ def scanvi(
         within=TypeNormal(),
     )
     program = Program(model, cells, guide, seed=seed, **(defaults | from_start | parts))
-    if len(program.parts["labels"].types) < 2:  # type: ignore[arg-type]
+    made: Any = program.parts["labels"]
+    if len(made.types) < 2:
         raise ProgramError(f'scanvi tells types apart, and all labels of "{label.column}" but one are groups')
     for name in from_start.keys() - parts.keys():
         program.parts[name].load_state_dict(from_start[name].state_dict())
