@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from .between_samples import sample_matrix, sample_tree
 from .cells import Cells
 from .dispersions import (
     BatchDispersion,
@@ -16,13 +17,16 @@ from .errors import FitError, ProgramError, PyroscWarning
 from .labels import Classifier, LabelPrior, TypeNormal
 from .libraries import GivenLibrary, LatentLibrary, ObservedLibrary
 from .likelihoods import NBLikelihood, PoissonLikelihood, ZINBLikelihood
+from .models.mrvi import mrvi
 from .models.scanvi import scanvi
 from .models.scvi import scvi
+from .models.shifted_samples import shifted_samples
 from .networks import Decoder, Encoder, LinearDecoder
 from .parts import Part
 from .posterior import Fit
 from .priors import FlowPrior, MixturePrior, Prior, VampPrior
 from .program import Program
+from .samples import Archetypes, Directions, SampleEffects, SampleNormal
 from .schema import Schema
 from .store import load
 from .training import fit
@@ -38,6 +42,8 @@ __all__ = [  # noqa: RUF022
     "Schema",
     "scvi",
     "scanvi",
+    "mrvi",
+    "shifted_samples",
     "Program",
     "Part",
     "Prior",
@@ -60,12 +66,18 @@ __all__ = [  # noqa: RUF022
     "LabelPrior",
     "Classifier",
     "TypeNormal",
+    "SampleEffects",
+    "Directions",
+    "Archetypes",
+    "SampleNormal",
     "NBLikelihood",
     "ZINBLikelihood",
     "PoissonLikelihood",
     "fit",
     "Fit",
     "load",
+    "sample_matrix",
+    "sample_tree",
     "check",
     "datasets",
     "simulate",

@@ -88,7 +88,7 @@ class Terms:
     global_kl : site -> ()  once for the whole data set
     global_observed : () log density of what was observed of all cells together
     side : (n,) what the guide's factors add to the objective of training, and is no part of the ELBO
-    z_mean : (n, K) the guide's mean of z, None where there is no closed one
+    z_mean : (n, K) the guide's mean of the state (z, or what the story computes z from), None without a closed one
     """
 
     reconstruction: Tensor
@@ -145,9 +145,10 @@ def elbo_terms(program: Program, cells: Cells) -> Terms:
             prior = torch.zeros_like(prior)
         terms.reconstruction = terms.reconstruction + prior
     terms.side = side_terms(guide, cells)
-    if "z" in terms.local_kl:
+    state = program.state_site
+    if state in terms.local_kl:
         try:
-            terms.z_mean = drawn["z"]["fn"].mean
+            terms.z_mean = drawn[state]["fn"].mean
         except NotImplementedError:
             pass
     return terms

@@ -349,7 +349,8 @@ class Decoder(Part):
     Notes
     -----
     Answers (rho, hidden), (..., n, G) and (..., n, n_hidden). rho is a softmax over genes, or
-    a softplus where the schema has size factors. Before the first fit the output bias is
+    a softplus where the schema has size factors. ``decoder(z, cells, offset)`` adds an offset (..., n, G) before it, to
+    log shares. Before the first fit the output bias is
     set to the log of the average profile, so that training starts from one shared profile.
     """
 
@@ -395,9 +396,9 @@ class Decoder(Part):
     def start(self, cells: Cells) -> None:
         _start_at_profile(self.out.bias, cells, self.is_share)
 
-    def forward(self, z: Tensor, cells: Cells) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, cells: Cells, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
         hidden = self.layers(z, self.covariates(cells) if self.covariates else None)
-        out = self.out(hidden)
+        out = self.out(hidden) if offset is None else self.out(hidden) + offset
         return (out.softmax(-1) if self.is_share else nn.functional.softplus(out)), hidden
 
 
@@ -411,8 +412,9 @@ class LinearDecoder(Part):
 
     Notes
     -----
-    Answers (rho, None): there is no hidden layer. ``loadings`` (G, K) are the log fold changes of genes
-    per unit of each latent, up to the softmax's constant. After Svensson et al. 2020 (Bioinformatics 36:3418).
+    Answers (rho, None): there is no hidden layer; an ``offset`` is added as by `Decoder`. ``loadings`` (G, K) are
+    the log fold changes of genes per unit of each latent, up to the softmax's constant. After Svensson et
+    al. 2020 (Bioinformatics 36:3418).
     """
 
     def __init__(self, n_latent: int | None = None, covariates: bool = True) -> None:
@@ -445,8 +447,10 @@ class LinearDecoder(Part):
         """(G, K) weights of the latents on the log shares of genes."""
         return self.factors.weight
 
-    def forward(self, z: Tensor, cells: Cells) -> tuple[Tensor, None]:
+    def forward(self, z: Tensor, cells: Cells, offset: Tensor | None = None) -> tuple[Tensor, None]:
         out = self.factors(z)
         if self.covariates:
             out = out + self.shifts(self.covariates(cells))
+        if offset is not None:
+            out = out + offset
         return (out.softmax(-1) if self.is_share else nn.functional.softplus(out)), None

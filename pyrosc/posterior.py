@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .overlap import Landmarks
 
 _MEAN_DRAWS = 200  # where a guide has no closed mean
+_STATE_DRAWS = 25  # of a state that the story computes
 
 
 class Fit:
@@ -95,41 +96,71 @@ class Fit:
 
     # ---- questions ----------------------------------------------------------------------------
 
-    def latent(self, cells: Cells | anndata.AnnData, n_draws: int = 0, *, seed: int = 0) -> np.ndarray:
+    def latent(self, cells: Cells | anndata.AnnData, n_draws: int = 0, *, site: str = "z", seed: int = 0) -> np.ndarray:
         """Where cells are in latent space.
 
         Parameters
         ----------
         n_draws : 0 for posterior means, else how many draws
+        site : "z", or another state of each cell: "u" of `mrvi` is the state without what the sample does
 
         Returns
         -------
         array
-            (N, K) posterior means of ``z``, not random; or (S, N, K) draws, in the order of ``cells``.
+            (N, K) posterior means, not random, but that of a state that the story computes is over 25 draws; or
+            (S, N, K) draws, in the order of ``cells``.
         """
         cells = self._ready(cells)
         n_draws = _whole("n_draws", n_draws, 0)
-        found = self._of_z(cells, seed, lambda law: law.sample((n_draws,)) if n_draws else _mean(law))
-        return torch.cat(found, -2).numpy()
+        if self._is_computed(site, cells):
+            found = self._of_computed(site, cells, n_draws or _STATE_DRAWS, seed)
+            return np.concatenate([draws if n_draws else draws.mean(0) for draws in found], -2)
+        laws = self._of_law(site, cells, seed, lambda law: law.sample((n_draws,)) if n_draws else _mean(law))
+        return torch.cat(laws, -2).numpy()
 
-    def latent_sd(self, cells: Cells | anndata.AnnData, *, seed: int = 0) -> np.ndarray:
-        """(N, K) posterior standard deviations of ``z``: how sure the guide is."""
-        return torch.cat(self._of_z(self._ready(cells), seed, _sd)).numpy()
+    def latent_sd(self, cells: Cells | anndata.AnnData, *, site: str = "z", seed: int = 0) -> np.ndarray:
+        """(N, K) posterior standard deviations of the state: how sure the guide is."""
+        cells = self._ready(cells)
+        if self._is_computed(site, cells):
+            return np.concatenate([draws.std(0) for draws in self._of_computed(site, cells, _STATE_DRAWS, seed)])
+        return torch.cat(self._of_law(site, cells, seed, _sd)).numpy()
+
+    def _is_computed(self, site: str, cells: Cells) -> bool:
+        """Whether the story computes this state from what the guide draws."""
+        if site == "z" and self.program.state_site == "z":
+            return False
+        few = cells.rows(torch.arange(1, device=cells.device), whole=True)
+        with self.program.driven(0), torch.no_grad():
+            node: Any = poutine.trace(self.program.model).get_trace(few).nodes.get(site)
+        return node is not None and is_computed(node)
+
+    def _of_computed(self, site: str, cells: Cells, n_draws: int, seed: int) -> Iterator[np.ndarray]:
+        """(S, n, K) draws of a state that the story computes, block by block."""
+
+        def ask(block: Cells, trace: poutine.Trace, n: int | None) -> Tensor:
+            return self._value(site, trace, n, len(block), False)
+
+        for (draws,) in self._runs(cells, [[cells]], n_draws, seed, ask, self.program):
+            yield draws.cpu().numpy()
 
     def _centres(self, cells: Cells) -> Tensor:
-        """(N, K) posterior means of z of cells in the order of this fit."""
-        return torch.cat(self._of_z(cells.to(self.device, self.program.dtype), 0, _mean))
+        """(N, K) posterior means of the state of cells in the order of this fit."""
+        return torch.cat(self._of_state(cells.to(self.device, self.program.dtype), 0, _mean))
 
-    def _of_z(self, cells: Cells, seed: int, answer: Callable[[Any], Tensor]) -> list[Tensor]:
-        """``answer`` to the guide's law of z, block by block."""
+    def _of_state(self, cells: Cells, seed: int, answer: Callable[[Any], Tensor]) -> list[Tensor]:
+        """``answer`` to the guide's law of the state that it draws, block by block."""
+        return self._of_law(self.program.state_site, cells, seed, answer)
+
+    def _of_law(self, name: str, cells: Cells, seed: int, answer: Callable[[Any], Tensor]) -> list[Tensor]:
+        """``answer`` to the guide's law of a site, block by block."""
 
         def ask(block: Cells) -> Tensor:
             trace = poutine.trace(self.program.guide).get_trace(block)
-            if "z" not in trace.nodes:
+            if name not in trace.nodes:
                 raise ProgramError(
-                    f'the guide of {self.program.story} draws no "z"; it draws {listed(sites_of(trace))}'
+                    f'the guide of {self.program.story} draws no "{name}"; it draws {listed(sites_of(trace))}'
                 )
-            site: Any = trace.nodes["z"]
+            site: Any = trace.nodes[name]
             return answer(site["fn"]).cpu()
 
         return list(by_block(self.program, [cells], 1, seed, ask))
@@ -831,6 +862,314 @@ class Fit:
         )  # fmt: skip
         table.attrs["groupby"] = groupby
         return table
+
+    def sample_states(self, cells: Cells | anndata.AnnData, n_draws: int = 0, *, seed: int = 0) -> np.ndarray:
+        """The state that each cell would have in every sample.
+
+        Parameters
+        ----------
+        n_draws : 0 for the mean over 25 draws, else how many draws
+
+        Returns
+        -------
+        array
+            (N, D, K), or (S, N, D, K) draws: ``z`` of the cells, in order, in the samples of
+            ``schema.sample.levels``. Random through ``seed``.
+
+        Raises
+        ------
+        ProgramError
+            If the story does not decode by sample.
+        """
+        from .between_samples import states
+
+        n_draws = _whole("n_draws", n_draws, 0)
+        found = states(self, self._ready(cells), n_draws or _STATE_DRAWS, seed)
+        return found if n_draws else found.mean(0)
+
+    def sample_distances(
+        self,
+        cells: Cells | anndata.AnnData,
+        groupby: str | None = None,
+        *,
+        of: str = "expression",
+        by_cell: bool = False,
+        n_draws: int = 25,
+        interval: float = 0.9,
+        most: int = 100,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """How far samples are apart in each group of cells: the same cells, decoded in either sample.
+
+        Parameters
+        ----------
+        groupby : column of ``obs``, such as cell types; None takes all cells together
+        of : "expression" for the root mean square over genes of log2 fold changes, "state" for lengths in z
+        by_cell : one row a cell and a column for each pair of samples, posterior means alone
+        n_draws : S
+        interval : probability of the equal-tailed interval
+        most : cells that stand for a group, at random
+        seed : draws are random through it
+
+        Returns
+        -------
+        DataFrame
+            One row a group and pair: "group", "sample1", "sample2"; "distance" (posterior mean), "sd", "lower",
+            "upper"; "normalized", the distance in sds above that of a sample from itself (between two draws of the
+            posterior): near 0 where samples do not differ more than is unknown. `sample_matrix` makes it
+            square, `sample_tree` a tree of samples.
+
+        Raises
+        ------
+        ProgramError
+            If the story does not decode by sample.
+        """
+        from .between_samples import distances, distances_by_cell
+
+        if of not in ("expression", "state"):
+            raise ValueError(f'of must be "expression" or "state", not {of!r}')
+        _check_numbers(interval=interval)
+        cells, n_draws = self._ready(cells), _whole("n_draws", n_draws, 2)
+        if by_cell:
+            if groupby is not None:
+                raise ValueError("by_cell answers for each cell: leave groupby= out")
+            return distances_by_cell(self, cells, of, n_draws, seed)
+        return distances(self, cells, groupby, of, n_draws, interval, _whole("most", most, 1), seed)
+
+    def sample_spread(
+        self,
+        cells: Cells | anndata.AnnData,
+        groupby: str | None = None,
+        *,
+        least: float = 0.1,
+        n_draws: int = 50,
+        interval: float = 0.9,
+        most: int = 100,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """Whether samples differ at all in each group of cells.
+
+        Parameters
+        ----------
+        groupby, n_draws, interval, most, seed : as in `sample_distances`
+        least : log2, below which a spread counts as none
+
+        Returns
+        -------
+        DataFrame
+            One row a group: "sd", the root mean square over genes of the sd over samples of log2 expression (posterior
+            mean), "lower", "upper"; and "p_none", the posterior probability that it is below ``least``.
+
+        Raises
+        ------
+        ProgramError
+            If the story does not decode by sample.
+        """
+        from .between_samples import spread
+
+        _check_numbers(interval=interval, delta=least)
+        return spread(
+            self, self._ready(cells), groupby, _whole("n_draws", n_draws, 2), interval, least, _whole("most", most, 1),
+            seed,
+        )  # fmt: skip
+
+    def sample_effects(
+        self,
+        cells: Cells | anndata.AnnData,
+        design: str | Sequence[str],
+        groupby: str | None = None,
+        *,
+        block: str | None = None,
+        genes: str | Sequence[str] | None = None,
+        by_cell: bool = False,
+        delta: float = 0.25,
+        fdr: float = 0.05,
+        least: int = 5,
+        n_permutations: int = 1000,
+        n_draws: int = 25,
+        interval: float = 0.9,
+        most: int = 100,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """What covariates of samples (condition, age, sex) do to expression, in each group of cells or each cell.
+
+        The cells of a group are decoded in every sample. Their mean log2 shares, with what the counts of each sample
+        say beyond them, are regressed on the covariates: samples are the units, so that how samples of a
+        condition differ is in the answer.
+
+        Parameters
+        ----------
+        design : columns of ``obs`` with one value a sample: ``"condition"``, ``"~ condition + age"``, or a list
+            Levels are compared with the first; numbers are per unit.
+        groupby : column of ``obs``; None takes all cells together
+        block : column within which samples are compared and exchanged, such as the donor of samples under two
+            conditions
+        genes : names; None for all. Adjustment is over all genes of the fit.
+        by_cell : effects in each cell instead, for a few genes
+        delta : |lfc| above which an effect counts in "probability"
+        fdr : genes are called while the estimated share of false ones is at most this
+        least : cells that a sample must have in a group to be a witness there
+        n_permutations : of the samples
+        n_draws, interval, most, seed : as in `sample_distances`
+
+        Returns
+        -------
+        DataFrame
+            One row a group, contrast and gene (the index): "lfc_mean", "lfc_sd",
+            "lfc_lower", "lfc_upper" (moderated t); "lfc_decoded", what is decoded alone; "probability" of
+            |lfc| > delta and its "log_odds"; "t"; "p_value" by permutation, the gene's own; "p_pooled" beside
+            the permuted t of all genes, "expected_fdp" that adjusted by Benjamini and Hochberg, "is_de"; "n_samples". With ``by_cell`` (N, contrasts x genes x ("lfc_mean", "lfc_sd",
+            "probability")): effects of these very samples, whose uncertainty is that of the posterior alone.
+
+        Raises
+        ------
+        ValueError
+            If a column is unknown, differs within a sample, or cannot be told from the others.
+        ProgramError
+            If the story does not decode by sample.
+
+        Notes
+        -----
+        With few samples there are few permutations: four against four have 70, and no "p_value" is below 1 / 71.
+        "p_pooled" has no such bound, and takes genes without effects for alike.
+
+        References
+        ----------
+        Freedman and Lane 1983, JBES 1:292; Smyth 2004, Stat. Appl. Genet. Mol. Biol. 3:3 (moderated t).
+        """
+        from .between_samples import effects, effects_by_cell
+
+        _check_numbers(delta=delta, fdr=fdr, interval=interval)
+        cells, n_draws = self._ready(cells), _whole("n_draws", n_draws, 2)
+        at, names = self._genes(genes)
+        if by_cell:
+            if groupby is not None or block is not None:
+                raise ValueError("by_cell answers for each cell and these samples: leave groupby= and block= out")
+            return effects_by_cell(self, cells, design, at, names, delta, n_draws, seed)
+        return effects(
+            self, cells, design, groupby, block=block, least=_whole("least", least, 1), names=names, delta=delta,
+            fdr=fdr, n_permutations=_whole("n_permutations", n_permutations, 20), n_draws=n_draws, interval=interval,
+            most=_whole("most", most, 1), seed=seed,
+        )  # fmt: skip
+
+    def sample_tests(
+        self,
+        cells: Cells | anndata.AnnData,
+        design: str | Sequence[str],
+        groupby: str | None = None,
+        *,
+        block: str | None = None,
+        least: int = 5,
+        n_permutations: int = 1000,
+        n_draws: int = 25,
+        most: int = 100,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """Whether samples differ by a covariate in each group of cells, all genes together.
+
+        Genes count by how well they are known: each is divided by the sd that counts give it.
+
+        Parameters
+        ----------
+        As in `sample_effects`.
+
+        Returns
+        -------
+        DataFrame
+            One row a group and covariate: "r2", the share of the squared distances of samples that it explains beside
+            the others; "f"; "p_value" by permutation of samples, which is exact if samples are exchangeable where the
+            covariate does nothing; "null_median" and "null_95" of f under permutation; "n_samples".
+
+        Raises
+        ------
+        ValueError
+            If a column is unknown, differs within a sample, or cannot be told from the others.
+        ProgramError
+            If the story does not decode by sample.
+
+        References
+        ----------
+        Anderson 2001, Austral Ecology 26:32.
+        """
+        from .between_samples import tests
+
+        return tests(
+            self, self._ready(cells), design, groupby, block=block, least=_whole("least", least, 1),
+            n_permutations=_whole("n_permutations", n_permutations, 20), n_draws=_whole("n_draws", n_draws, 2),
+            most=_whole("most", most, 1), seed=seed,
+        )  # fmt: skip
+
+    def differential_abundance(
+        self,
+        cells: Cells | anndata.AnnData,
+        column: str,
+        group1: Any = None,
+        group2: Any = None,
+        *,
+        block: str | None = None,
+        n_permutations: int = 1000,
+        fdr: float = 0.1,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """Of which states there are more cells in some samples than in others.
+
+        The density of a sample at a cell's state u is the mean over the sample's other cells of their q(u | x); that of
+        a group is the mean over its samples.
+
+        Parameters
+        ----------
+        column : of ``obs``, with one value a sample
+        group1, group2 : levels; None for ``group2`` takes all other samples
+        block : column within which samples are exchanged
+        n_permutations : of the samples
+        fdr : cells are called while the expected share of false ones is at most this
+
+        Returns
+        -------
+        DataFrame
+            One row a cell: "lfc", log2 of group1's density over group2's; "p_value" by permutation of samples, its
+            adjustment "expected_fdp" (Benjamini and Hochberg), "is_da". ``.attrs["p_overall"]`` is for the mean of
+            |lfc| over cells.
+
+        Raises
+        ------
+        ValueError
+            If the column or a level is unknown, or a group has fewer than two samples.
+
+        Notes
+        -----
+        Takes a product of N x N numbers, in blocks: some seconds for 10,000 cells.
+        """
+        from .between_samples import abundance
+
+        _check_numbers(fdr=fdr)
+        return abundance(
+            self, self._ready(cells), column, group1, group2, block, _whole("n_permutations", n_permutations, 20), fdr,
+            seed,
+        )  # fmt: skip
+
+    def admissible_samples(self, cells: Cells | anndata.AnnData, *, level: float = 0.05, seed: int = 0) -> pd.DataFrame:
+        """(N, D) whether cells of such a state are found in each sample, so that what it would be there is no guess.
+
+        Parameters
+        ----------
+        level : share of cells that may be taken for strangers in their own sample
+
+        Returns
+        -------
+        DataFrame
+            True where the largest log q(u | x) among the sample's other cells, at the cell's u, is above the
+            ``level`` quantile of what cells have in their own sample.
+
+        Raises
+        ------
+        ProgramError
+            If the fit has no samples.
+        """
+        from .between_samples import admissible
+
+        _check_numbers(interval=level)
+        return admissible(self, self._ready(cells), level, seed)
 
     def draws(
         self,

@@ -98,6 +98,7 @@ class Program(nn.Module):
         self.enumerated: list[str] = []  # discrete sites that the story sums out
         self.guided_sums: list[str] = []  # discrete sites that the guide draws, and objectives sum over
         self.has_factors = False  # whether the guide adds to the objective by pyro.factor
+        self._state = "z"
         self.noisy: set[str] = set()  # sites whose prior depends on what the guide draws after them
         self.n_combinations = 1  # of the values of sites that are summed out
         self.has_globals = False  # whether a latent site is one for all cells
@@ -201,6 +202,7 @@ class Program(nn.Module):
                     'the model draws "x" although there are counts: observe it, pyro.sample("x", ..., obs=cells.x)'
                 )
             self.n_plates = plate_depth(*traces)
+            self._state = "u" if "u" in drawn and "z" not in drawn else "z"
             self.has_globals = any(all(f.name != "cells" for f in s["cond_indep_stack"]) for s in drawn.values())
             self._settle_sums(traces)
             self.enumerated = [n for n, site in drawn.items() if n not in names and is_enumerated(site)]
@@ -377,6 +379,11 @@ class Program(nn.Module):
             own = list(module.parameters())
             if own and not any(p.requires_grad for p in own):
                 module.eval()
+
+    @property
+    def state_site(self) -> str:
+        """The site that is a cell's state to the guide: "z", or "u" where the story computes z from it."""
+        return self._state
 
     # ---- other programs from this one -------------------------------------------------------
 

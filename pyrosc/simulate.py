@@ -1,7 +1,8 @@
 """Simulated cells: counts with a known truth, to test stories against. Numpy only, seeded.
 
 `tissue` draws from a law close to the stories'. `bursts` and `shifted_groups` do not; they are for comparing groups.
-`subtle_types` is for labels: few and partly wrong ones, of types that differ less than other things do.
+`subtle_types` is for labels: few and partly wrong ones, of types that differ less than other things do. `donors` is for
+samples that differ in some types of cells and not in others.
 """
 
 from __future__ import annotations
@@ -48,19 +49,7 @@ def tissue(
         raise ValueError(f"n_markers must be between 1 and n_genes={n_genes}, not {n_markers}")
     if not dispersion > 0:
         raise ValueError(f"dispersion must be positive, not {dispersion!r}")
-    of_factor = min(40, max(2, n_genes // 25))
-    levels = max(1, int(np.ceil(np.log2(max(n_types, 2)))))
-    of_type = np.zeros((n_types, n_genes))
-    for level in range(levels):
-        for branch in range(2 ** (level + 1)):
-            inside = [t for t in range(n_types) if t >> (levels - 1 - level) == branch]
-            genes = draw.choice(n_genes, n_markers, replace=False)
-            shift = draw.normal(0, effect, n_markers)
-            for t in inside:
-                of_type[t, genes] += shift
-    loading = np.zeros(n_genes)
-    loading[draw.choice(n_genes, of_factor, replace=False)] = draw.normal(0, 0.3, of_factor)
-    base = draw.normal(-1, 1.2, n_genes)
+    base, of_type, loading = _related_types(draw, n_genes, n_types, n_markers, effect)
     shift = draw.normal(0, 0.3, (n_batches, n_genes)) if n_batches > 1 else np.zeros((1, n_genes))
     cross = draw.normal(0, 0.1, (n_batches, n_types, n_genes)) if n_batches > 1 else np.zeros((1, n_types, n_genes))
     inverse = draw.lognormal(np.log(dispersion), 1, n_genes)
@@ -89,6 +78,128 @@ def tissue(
         obs=pd.DataFrame(obs, index=[f"cell{i}" for i in range(n_cells)]),
         var=pd.DataFrame({"dispersion": inverse}, index=[f"gene{j}" for j in range(n_genes)]),
         layers={"rho": rho.astype(np.float32)},
+    )
+
+
+def _related_types(
+    draw: np.random.Generator, n_genes: int, n_types: int, n_markers: int, effect: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Base log rates (G,), shifts of types (C, G) that are leaves of a binary tree, and loadings (G,) of a factor."""
+    of_factor = min(40, max(2, n_genes // 25))
+    levels = max(1, int(np.ceil(np.log2(max(n_types, 2)))))
+    of_type = np.zeros((n_types, n_genes))
+    for level in range(levels):
+        for branch in range(2 ** (level + 1)):
+            inside = [t for t in range(n_types) if t >> (levels - 1 - level) == branch]
+            genes = draw.choice(n_genes, n_markers, replace=False)
+            shift = draw.normal(0, effect, n_markers)
+            for t in inside:
+                of_type[t, genes] += shift
+    loading = np.zeros(n_genes)
+    loading[draw.choice(n_genes, of_factor, replace=False)] = draw.normal(0, 0.3, of_factor)
+    return draw.normal(-1, 1.2, n_genes), of_type, loading
+
+
+def donors(
+    n_cells: int = 8000,
+    n_genes: int = 1000,
+    n_types: int = 8,
+    n_donors: int = 16,
+    *,
+    n_active: int = 2,
+    n_module: int = 20,
+    fold: float = 2.0,
+    proportions: float | None = None,
+    depth: float = 2500.0,
+    n_markers: int = 60,
+    effect: float = 0.7,
+    dispersion: float = 2.0,
+    seed: int = 0,
+) -> anndata.AnnData:
+    """Cells of many donors, who differ in some cell types as the leaves of a tree do, and in the others not at all.
+
+    Types, base rates, the factor within types, totals and dispersions are those of `tissue`, in one batch. In each of
+    the first ``n_active`` types donors are the leaves of a binary tree of its own (donors in random order), and every
+    node below the root owns a module of ``n_module`` genes whose rate is ``fold`` times as high in its donors. Two
+    donors differ in that type by the modules of the nodes that are over one of them alone.
+
+    Parameters
+    ----------
+    n_donors : a power of 2, at least 2
+    n_active : types in which donors differ, 0 to ``n_types``
+    proportions : concentration of the Dirichlet that a donor's shares of types are drawn from; None for equal shares
+        Small numbers, such as 2, make donors differ much in composition.
+
+    Returns
+    -------
+    AnnData
+        ``X`` CSR counts (N, G); ``obs``: "donor", "cell_type", "factor"; ``layers["rho"]`` (N, G) true shares;
+        ``uns["distances"]``: for each type a DataFrame (D, D) of true distances of donors, the root mean square over
+        genes of the difference of log2 rates; ``uns["effects"]``: for each type a DataFrame (D, G) of log2 folds.
+
+    Raises
+    ------
+    ValueError
+        If a size or concentration is out of range.
+
+    Notes
+    -----
+    After the tree construction of Boyeau et al. 2022 (bioRxiv 2022.10.04.510898, MrVI), here on simulated cells.
+    """
+    _check_sizes(n_cells=n_cells, n_genes=n_genes, n_types=n_types, n_donors=n_donors, n_module=n_module)
+    levels = int(n_donors).bit_length() - 1
+    if n_donors < 2 or 2**levels != n_donors:
+        raise ValueError(f"n_donors must be a power of 2 of at least 2, not {n_donors}: donors are leaves of a tree")
+    if not 0 <= n_active <= n_types:
+        raise ValueError(f"n_active must be between 0 and n_types={n_types}, not {n_active}")
+    if n_module > n_genes or n_markers > n_genes:
+        raise ValueError(f"n_module={n_module} and n_markers={n_markers} must be at most n_genes={n_genes:,}")
+    if not fold > 0:
+        raise ValueError(f"fold must be positive, not {fold!r}")
+    if proportions is not None and not proportions > 0:
+        raise ValueError(f"proportions must be a positive concentration or None, not {proportions!r}")
+    draw = np.random.default_rng(seed)
+    base, of_type, loading = _related_types(draw, n_genes, n_types, n_markers, effect)
+    inverse = draw.lognormal(np.log(dispersion), 1, n_genes)
+    folds = np.zeros((n_types, n_donors, n_genes))  # log2
+    for t in range(n_active):
+        leaf: Any = draw.permutation(n_donors)
+        for level in range(1, levels + 1):
+            for node in range(2**level):
+                module = draw.choice(n_genes, n_module, replace=False)
+                folds[t][np.ix_(leaf >> (levels - level) == node, module)] += np.log2(fold)
+    donor: Any = draw.permutation(np.arange(n_cells) % n_donors)
+    if proportions is None:
+        share = np.full((n_donors, n_types), 1 / n_types)
+    else:
+        share = draw.dirichlet(np.full(n_types, proportions), n_donors)
+    kind: Any = (draw.uniform(size=(n_cells, 1)) > share[donor].cumsum(1)).sum(1).clip(max=n_types - 1)
+    factor = draw.normal(size=n_cells)
+    logits = base + of_type[kind] + factor[:, None] * loading + np.log(2) * folds[kind, donor]
+    rho = np.exp(logits - logits.max(1, keepdims=True))
+    rho /= rho.sum(1, keepdims=True)
+    library = draw.lognormal(np.log(depth), 0.35, n_cells)
+    counts = draw.poisson(draw.gamma(inverse, library[:, None] * rho / inverse))
+
+    names = [f"donor{d:0{len(str(n_donors - 1))}d}" for d in range(n_donors)]
+    types, genes = [f"type{t}" for t in range(n_types)], [f"gene{j}" for j in range(n_genes)]
+    apart = [np.sqrt(((f[:, None] - f[None]) ** 2).mean(-1)) for f in folds]
+    return anndata.AnnData(
+        X=sparse.csr_matrix(counts.astype(np.float32)),
+        obs=pd.DataFrame(
+            {
+                "donor": pd.Categorical.from_codes(donor, dtype=pd.CategoricalDtype(names)),
+                "cell_type": pd.Categorical.from_codes(kind, dtype=pd.CategoricalDtype(types)),
+                "factor": factor,
+            },
+            index=[f"cell{i}" for i in range(n_cells)],
+        ),
+        var=pd.DataFrame({"dispersion": inverse}, index=genes),
+        layers={"rho": rho.astype(np.float32)},
+        uns={
+            "distances": {t: pd.DataFrame(d, index=names, columns=names) for t, d in zip(types, apart)},
+            "effects": {t: pd.DataFrame(f, index=names, columns=genes) for t, f in zip(types, folds)},
+        },
     )
 
 

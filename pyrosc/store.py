@@ -41,13 +41,14 @@ from .errors import PyroscWarning
 from .labels import Classifier, LabelPrior, TypeNormal
 from .libraries import GivenLibrary, LatentLibrary, ObservedLibrary
 from .likelihoods import NBLikelihood, PoissonLikelihood, ZINBLikelihood
-from .models import scanvi, scvi
+from .models import mrvi, scanvi, scvi, shifted_samples
 from .networks import Decoder, Encoder, LinearDecoder
 from .overlap import Landmarks
 from .parts import Part
 from .posterior import Fit
 from .priors import DISTRIBUTIONS, FlowPrior, MixturePrior, Prior, VampPrior
 from .program import Program
+from .samples import Archetypes, Directions, SampleEffects, SampleNormal
 from .schema import Schema, listed
 
 _MEMBER = "members."  # before the names of an ensemble's tensors
@@ -58,6 +59,8 @@ _ENTRY = "pyrosc"
 STORIES: dict[str, tuple[Callable[..., None], Callable[..., None] | None]] = {
     "scvi": (scvi.model, scvi.guide),
     "scanvi": (scanvi.model, scanvi.guide),
+    "mrvi": (mrvi.model, mrvi.guide),
+    "shifted_samples": (shifted_samples.model, shifted_samples.guide),
 }
 
 PARTS: dict[str, type[Part]] = {
@@ -66,7 +69,7 @@ PARTS: dict[str, type[Part]] = {
         Prior, MixturePrior, VampPrior, FlowPrior, ObservedLibrary, GivenLibrary, LatentLibrary,
         GeneDispersion, BatchDispersion, LabelDispersion, CellDispersion, NoDispersion, InverseSqrtPrior, TrendPrior,
         NBLikelihood, ZINBLikelihood, PoissonLikelihood, Encoder, Decoder, LinearDecoder,
-        LabelPrior, Classifier, TypeNormal,
+        LabelPrior, Classifier, TypeNormal, SampleEffects, Directions, Archetypes, SampleNormal,
     )
 }  # fmt: skip
 

@@ -56,8 +56,8 @@ _STEPS = 1200
 # flow 5.0 nats a cell behind N(0, I) after 600 steps, 0.45 and 3.1 with this (benchmarks/results/priors_steps.md).
 _LEARNED_STEPS = 1500
 # With global sites no held-out cells end a fit, and small data are overfitted by more: on 560 cells of PBMC 1,200 steps
-# cost 15 nats a held-out cell.
-_GLOBAL_STEPS = 600
+# (240 epochs) cost 15 nats a held-out cell. So 600, and up to 1,200 as far as 60 epochs go.
+_GLOBAL_STEPS, _GLOBAL_EPOCHS = 600, 60
 _LABELLED = 256  # most labelled cells of a step, of whom the guide's factors are asked
 _SKIPS = 10  # steps in a row whose gradient is not finite
 _DEAD = 0.01  # variance over cells of a latent's posterior mean, below which it says nothing (Burda et al. 2016)
@@ -90,7 +90,7 @@ def fit(
     ----------
     cells : Cells, or an AnnData that is brought into the order of the Program's schema
     epochs : passes over the training cells; None takes 1,200 steps, 1,500 where a KL term is Monte Carlo, in 10 to 100
-        With global sites 600 steps, in 10 to 600 epochs: no held-out cells end such a fit.
+        With global sites 600 steps, or up to 1,200 as far as 60 epochs go: no held-out cells end such a fit.
     batch_size : most cells of a step
     lr : learning rate at its height, in (0, 1]
     global_lr : that of completed guides of global sites, in (0, 1]; None takes 10 lr
@@ -164,8 +164,12 @@ def fit(
         raise ValueError("these cells hold no counts to fit")
     train, held_out = _split(cells, validation, seed)
     if epochs is None:
-        if program.has_globals:
-            epochs = default_epochs(len(train), batch_size, 600, _GLOBAL_STEPS)
+        own = max((int(getattr(part, "steps", 0)) for part in program.parts.values()), default=0)
+        if own:  # a part may know better
+            epochs = default_epochs(len(train), batch_size, 600, own)
+        elif program.has_globals:
+            within = _GLOBAL_EPOCHS * n_batches_of(len(train), batch_size)
+            epochs = default_epochs(len(train), batch_size, 600, min(_STEPS, max(_GLOBAL_STEPS, within)))
         else:
             steps = _LEARNED_STEPS if program.has_monte_carlo else _STEPS
             epochs = default_epochs(len(train), batch_size, steps=steps)
