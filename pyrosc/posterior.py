@@ -1018,7 +1018,8 @@ class Fit:
             One row a group, contrast and gene (the index): "lfc_mean", "lfc_sd",
             "lfc_lower", "lfc_upper" (moderated t); "lfc_decoded", what is decoded alone; "probability" of
             |lfc| > delta and its "log_odds"; "t"; "p_value" by permutation, the gene's own; "p_pooled" beside
-            the permuted t of all genes, "expected_fdp" that adjusted by Benjamini and Hochberg, "is_de"; "n_samples". With ``by_cell`` (N, contrasts x genes x ("lfc_mean", "lfc_sd",
+            the permuted t of all genes, "expected_fdp" that adjusted by Benjamini and Hochberg, "is_de";
+            "n_samples". With ``by_cell`` (N, contrasts x genes x ("lfc_mean", "lfc_sd",
             "probability")): effects of these very samples, whose uncertainty is that of the posterior alone.
 
         Raises
