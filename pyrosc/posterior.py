@@ -112,7 +112,7 @@ class Fit:
         """
         cells = self._ready(cells)
         n_draws = _whole("n_draws", n_draws, 0)
-        if self._is_computed(site, cells):
+        if site in self.program.computed:
             found = self._of_computed(site, cells, n_draws or _STATE_DRAWS, seed)
             return np.concatenate([draws if n_draws else draws.mean(0) for draws in found], -2)
         laws = self._of_law(site, cells, seed, lambda law: law.sample((n_draws,)) if n_draws else _mean(law))
@@ -121,18 +121,9 @@ class Fit:
     def latent_sd(self, cells: Cells | anndata.AnnData, *, site: str = "z", seed: int = 0) -> np.ndarray:
         """(N, K) posterior standard deviations of the state: how sure the guide is."""
         cells = self._ready(cells)
-        if self._is_computed(site, cells):
+        if site in self.program.computed:
             return np.concatenate([draws.std(0) for draws in self._of_computed(site, cells, _STATE_DRAWS, seed)])
         return torch.cat(self._of_law(site, cells, seed, _sd)).numpy()
-
-    def _is_computed(self, site: str, cells: Cells) -> bool:
-        """Whether the story computes this state from what the guide draws."""
-        if site == "z" and self.program.state_site == "z":
-            return False
-        few = cells.rows(torch.arange(1, device=cells.device), whole=True)
-        with self.program.driven(0), torch.no_grad():
-            node: Any = poutine.trace(self.program.model).get_trace(few).nodes.get(site)
-        return node is not None and is_computed(node)
 
     def _of_computed(self, site: str, cells: Cells, n_draws: int, seed: int) -> Iterator[np.ndarray]:
         """(S, n, K) draws of a state that the story computes, block by block."""

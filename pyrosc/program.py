@@ -99,6 +99,7 @@ class Program(nn.Module):
         self.guided_sums: list[str] = []  # discrete sites that the guide draws, and objectives sum over
         self.has_factors = False  # whether the guide adds to the objective by pyro.factor
         self._state = "z"
+        self.computed: set[str] = set()  # sites that the story computes from others
         self.noisy: set[str] = set()  # sites whose prior depends on what the guide draws after them
         self.n_combinations = 1  # of the values of sites that are summed out
         self.has_globals = False  # whether a latent site is one for all cells
@@ -203,6 +204,8 @@ class Program(nn.Module):
                 )
             self.n_plates = plate_depth(*traces)
             self._state = "u" if "u" in drawn and "z" not in drawn else "z"
+            nodes: dict[str, Any] = traces[-1].nodes
+            self.computed = {name for name, site in nodes.items() if site["type"] == "sample" and is_computed(site)}
             self.has_globals = any(all(f.name != "cells" for f in s["cond_indep_stack"]) for s in drawn.values())
             self._settle_sums(traces)
             self.enumerated = [n for n, site in drawn.items() if n not in names and is_enumerated(site)]

@@ -113,7 +113,7 @@ def shifted_samples(
 
     >>> cells = Cells.from_counts([[1, 0, 2], [0, 3, 1]] * 2, sample=["a", "a", "b", "b"])
     >>> shifted_samples(cells, n_latent=2).parts["effects"]
-    SampleEffects(n_archetypes=1, scale=1.0)
+    SampleEffects(n_archetypes=1, n_effect=None, scale=1.0, centred=False)
     """
     require_cells(cells)
     encoder = parts.get("encoder")
