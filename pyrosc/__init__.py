@@ -16,9 +16,11 @@ from .errors import FitError, ProgramError, PyroscWarning
 from .labels import Classifier, LabelPrior, TypeNormal
 from .libraries import GivenLibrary, LatentLibrary, ObservedLibrary
 from .likelihoods import NBLikelihood, PoissonLikelihood, ZINBLikelihood
+from .loadings import HorseshoeLoadings, NonNegativeLoadings, NormalLoadings
+from .models.linear_scvi import linear_scvi
 from .models.scanvi import scanvi
 from .models.scvi import scvi
-from .networks import Decoder, Encoder, LinearDecoder
+from .networks import Decoder, Encoder, LinearDecoder, LoadingsDecoder
 from .parts import Part
 from .posterior import Fit
 from .priors import FlowPrior, MixturePrior, Prior, VampPrior
@@ -38,6 +40,7 @@ __all__ = [  # noqa: RUF022
     "Schema",
     "scvi",
     "scanvi",
+    "linear_scvi",
     "Program",
     "Part",
     "Prior",
@@ -47,6 +50,10 @@ __all__ = [  # noqa: RUF022
     "Encoder",
     "Decoder",
     "LinearDecoder",
+    "NormalLoadings",
+    "HorseshoeLoadings",
+    "NonNegativeLoadings",
+    "LoadingsDecoder",
     "ObservedLibrary",
     "LatentLibrary",
     "GivenLibrary",

@@ -41,7 +41,10 @@ def tissue(
     -------
     AnnData
         ``X`` CSR counts (N, G); ``obs``: "batch", "cell_type", "factor" (the continuous one) and
-        "library" (expected total); ``layers["rho"]`` (N, G) true shares; ``var["dispersion"]``.
+        "library" (expected total); ``layers["rho"]`` (N, G) true shares; ``var["dispersion"]``;
+        ``varm["programmes"]`` DataFrame (G, programmes), what each adds to log rates, 0 for genes that it does not
+        move: "branch1.0", ... by level and place in the tree (of 8 types branch1.0 holds types 0 to 3, branch3.5 type
+        5 alone; branches without types, or with all, are left out), and "factor".
     """
     draw = np.random.default_rng(seed)
     if not 1 <= n_markers <= n_genes:
@@ -51,15 +54,19 @@ def tissue(
     of_factor = min(40, max(2, n_genes // 25))
     levels = max(1, int(np.ceil(np.log2(max(n_types, 2)))))
     of_type = np.zeros((n_types, n_genes))
+    programmes: dict[str, np.ndarray] = {}
     for level in range(levels):
         for branch in range(2 ** (level + 1)):
             inside = [t for t in range(n_types) if t >> (levels - 1 - level) == branch]
+            moved = np.zeros(n_genes)
             genes = draw.choice(n_genes, n_markers, replace=False)
-            shift = draw.normal(0, effect, n_markers)
-            for t in inside:
-                of_type[t, genes] += shift
+            moved[genes] = draw.normal(0, effect, n_markers)
+            of_type[inside] += moved
+            if 0 < len(inside) < n_types:
+                programmes[f"branch{level + 1}.{branch}"] = moved
     loading = np.zeros(n_genes)
     loading[draw.choice(n_genes, of_factor, replace=False)] = draw.normal(0, 0.3, of_factor)
+    programmes["factor"] = loading
     base = draw.normal(-1, 1.2, n_genes)
     shift = draw.normal(0, 0.3, (n_batches, n_genes)) if n_batches > 1 else np.zeros((1, n_genes))
     cross = draw.normal(0, 0.1, (n_batches, n_types, n_genes)) if n_batches > 1 else np.zeros((1, n_types, n_genes))
@@ -84,10 +91,12 @@ def tissue(
         "factor": factor,
         "library": library,
     }
+    names = [f"gene{j}" for j in range(n_genes)]
     return anndata.AnnData(
         X=sparse.csr_matrix(counts.astype(np.float32)),
         obs=pd.DataFrame(obs, index=[f"cell{i}" for i in range(n_cells)]),
-        var=pd.DataFrame({"dispersion": inverse}, index=[f"gene{j}" for j in range(n_genes)]),
+        var=pd.DataFrame({"dispersion": inverse}, index=names),
+        varm={"programmes": pd.DataFrame(programmes, index=names)},
         layers={"rho": rho.astype(np.float32)},
     )
 

@@ -41,8 +41,9 @@ from .errors import PyroscWarning
 from .labels import Classifier, LabelPrior, TypeNormal
 from .libraries import GivenLibrary, LatentLibrary, ObservedLibrary
 from .likelihoods import NBLikelihood, PoissonLikelihood, ZINBLikelihood
-from .models import scanvi, scvi
-from .networks import Decoder, Encoder, LinearDecoder
+from .loadings import HorseshoeLoadings, NonNegativeLoadings, NormalLoadings
+from .models import linear_scvi, scanvi, scvi
+from .networks import Decoder, Encoder, LinearDecoder, LoadingsDecoder
 from .overlap import Landmarks
 from .parts import Part
 from .posterior import Fit
@@ -58,6 +59,7 @@ _ENTRY = "pyrosc"
 STORIES: dict[str, tuple[Callable[..., None], Callable[..., None] | None]] = {
     "scvi": (scvi.model, scvi.guide),
     "scanvi": (scanvi.model, scanvi.guide),
+    "linear_scvi": (linear_scvi.model, linear_scvi.guide),
 }
 
 PARTS: dict[str, type[Part]] = {
@@ -67,6 +69,7 @@ PARTS: dict[str, type[Part]] = {
         GeneDispersion, BatchDispersion, LabelDispersion, CellDispersion, NoDispersion, InverseSqrtPrior, TrendPrior,
         NBLikelihood, ZINBLikelihood, PoissonLikelihood, Encoder, Decoder, LinearDecoder,
         LabelPrior, Classifier, TypeNormal,
+        NormalLoadings, HorseshoeLoadings, NonNegativeLoadings, LoadingsDecoder,
     )
 }  # fmt: skip
 
