@@ -99,7 +99,7 @@ def linear_scvi(
 
     >>> cells = Cells.from_counts([[1, 0, 2], [0, 3, 1]])
     >>> linear_scvi(cells, n_latent=2, loadings=HorseshoeLoadings(n_expected=1)).completion.names
-    ['gene_scale', 'factor_scale', 'slab_variance', 'loadings']
+    ['gene_scale', 'factor_scale', 'loadings']
     """
     require_cells(cells)
     encoder = parts.get("encoder")
