@@ -294,8 +294,10 @@ class GlobalGuide(nn.Module):
         self.unit = (
             _LOADINGS_UNIT if site.name == "loadings" else 1.0
         )  # of locations: what a step of training is a share of
+        # Of log sds: those of logs of loadings, which may be near 0, ran off before the KL term counted.
+        self.scale_unit = self.unit if _is_positive(site.support) else 1.0
         self.loc = nn.Parameter(site.centre / self.unit)
-        self.log_scale = nn.Parameter((0.1 * site.spread).log())
+        self.log_scale = nn.Parameter((0.1 * site.spread).log() / self.scale_unit)
 
     def start(self, cells: Cells) -> None:
         """Set location and scale from moments, where the site's name says what it is."""
@@ -307,7 +309,7 @@ class GlobalGuide(nn.Module):
                 found = (found * found.pow(3).sum(0).sign()).clamp(min=0.01).log()
             with torch.no_grad():
                 self.loc.copy_(found / self.unit)
-                self.log_scale.fill_(math.log(0.3 if positive else 0.05))
+                self.log_scale.fill_(math.log(0.3 if positive else 0.05) / self.scale_unit)
         if self.site.batch_shape or shape[-1:] != (cells.n_genes,):
             return
         loc = scale = None
@@ -331,7 +333,7 @@ class GlobalGuide(nn.Module):
 
     def law(self) -> Any:
         """The guide's distribution."""
-        return family(self.unit * self.loc, self.log_scale.exp(), self.site.support)
+        return family(self.unit * self.loc, (self.scale_unit * self.log_scale).exp(), self.site.support)
 
     def draw(self, cells: Cells) -> None:
         """Draw the site, inside the plates the model draws it in."""

@@ -5,7 +5,7 @@ moves the log share of gene g. Called as ``loadings()``, before the plate.
 
     NormalLoadings        W_gk ~ Normal(0, sd)                          all genes move a little
     HorseshoeLoadings     W_gk ~ Normal(0, scale of gene g in k)        few genes move, the others not at all
-    NonNegativeLoadings   W_gk ~ Exponential(mean)                      factors only raise genes
+    NonNegativeLoadings   log W_gk ~ Normal(log median, sd)             factors only raise genes
 
 z ~ N(0, I) and Normal loadings look the same from every angle: (z R, W R) has the density of (z, W) for every rotation
 R, so that single factors mean nothing and only the space they span does. The other two have an angle of their own.
@@ -74,20 +74,27 @@ class NormalLoadings(_Loadings):
 
 
 class NonNegativeLoadings(_Loadings):
-    """W_gk ~ Exponential with this mean, independent: a factor raises genes and lowers none.
+    """log W_gk ~ Normal(log median, sd), independent: a factor raises genes, most of them hardly, and lowers none.
 
     Shares sum to 1, so the other genes fall where some rise. z keeps both signs.
 
     Parameters
     ----------
-    mean : positive, in natural logs of the share per unit of z
+    median : positive, in natural logs of the share per unit of z; by default a loading is in 0.003 to 1 with 95 %
+    sd : positive, of the logarithm of a loading
+
+    Notes
+    -----
+    Not an exponential, for which the log-normal guide of a loading near 0 has no sd to end at.
     """
 
-    def __init__(self, mean: float = 0.2) -> None:
-        super().__init__(mean=_positive("mean", mean))
+    def __init__(self, median: float = 0.05, sd: float = 1.5) -> None:
+        super().__init__(median=_positive("median", median), sd=_positive("sd", sd))
 
     def forward(self) -> Tensor:
-        return pyro.sample("loadings", dist.Exponential(self.zero + 1 / self.arguments["mean"]).to_event(2))
+        a = self.arguments
+        law = dist.LogNormal(self.zero + math.log(a["median"]), torch.full_like(self.zero, a["sd"]))
+        return pyro.sample("loadings", law.to_event(2))
 
 
 class HorseshoeLoadings(_Loadings):

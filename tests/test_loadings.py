@@ -98,7 +98,7 @@ def log_prior(kind, values):
     if kind == "normal":
         return stats.norm(0, 0.5).logpdf(loadings).sum()
     if kind == "non-negative":
-        return stats.expon(scale=0.2).logpdf(loadings).sum()
+        return stats.lognorm(1.5, scale=0.05).logpdf(loadings).sum()
     gene, factor = (values[name].double().numpy() for name in SCALES)
     scale = np.sqrt((gene * factor) ** 2 / (1 + (gene * factor) ** 2))
     return (
@@ -144,11 +144,16 @@ def test_priors_draw_what_they_say():
         with torch.no_grad():
             return torch.stack([made() for _ in range(34)]).double().numpy()
 
-    normal, positive, sparse = drawn(NormalLoadings(0.5)), drawn(NonNegativeLoadings(0.2)), drawn(HorseshoeLoadings(20))
+    normal, positive, sparse = (
+        drawn(NormalLoadings(0.5)),
+        drawn(NonNegativeLoadings(0.2, 0.5)),
+        drawn(HorseshoeLoadings(20)),
+    )
     n = normal.size
     assert normal.std() == pytest.approx(0.5, rel=5 / (2 * n) ** 0.5)
     assert abs(normal.mean()) < 5 * 0.5 / n**0.5
-    assert positive.mean() == pytest.approx(0.2, rel=5 / n**0.5)
+    assert np.log(positive).mean() == pytest.approx(np.log(0.2), abs=5 * 0.5 / n**0.5)
+    assert np.log(positive).std() == pytest.approx(0.5, rel=5 / (2 * n) ** 0.5)
     # of the horseshoe: by numpy, with the same law. The scale is drawn once for 400 genes: 102 draws of it
     draw = np.random.default_rng(0)
     factor = np.abs(draw.standard_cauchy((20000, 1))) * 20 / 380
@@ -271,13 +276,12 @@ def test_the_posterior_under_a_normal_is_the_exact_one():
     assert (np.abs(found - wide) / sd).max() > 1
 
 
-def test_positive_loadings_are_those_of_an_exponential():
+def test_positive_loadings_are_those_of_a_log_normal():
     data, grid, log_likelihood = known_data(np.abs(TRUTH))
-    prior = np.where(grid > 0, stats.expon(scale=0.2).logpdf(grid), -np.inf)
-    mean, _ = of_grid(grid, log_likelihood + prior)
-    _, found, _ = fitted_moments(data, NonNegativeLoadings(0.2))
+    mean, _ = of_grid(grid, log_likelihood + stats.lognorm(1.5, scale=0.05).logpdf(grid))
+    _, found, _ = fitted_moments(data, NonNegativeLoadings())
 
-    # near 0 a log-normal is not the truncated normal that is exact there: means to half a standard error of the data
+    # near 0 the posterior is no log-normal: means to half a standard error of the data
     error = 1 / np.sqrt(250 * np.exp(0.7))
     assert np.abs(found - mean).max() < 0.5 * error
 
@@ -678,7 +682,7 @@ def test_loadings_of_another_shape_are_told(cells):
     [
         (lambda: NormalLoadings(0.0), "sd must be a positive number"),
         (lambda: NormalLoadings("wide"), "sd must be a positive number"),
-        (lambda: NonNegativeLoadings(-1.0), "mean must be a positive number"),
+        (lambda: NonNegativeLoadings(-1.0), "median must be a positive number"),
         (lambda: HorseshoeLoadings(0), "n_expected must be at least 1 gene"),
         (lambda: HorseshoeLoadings(2.5), "n_expected is a number of genes"),
         (lambda: HorseshoeLoadings(slab=float("inf")), "slab must be a positive number"),

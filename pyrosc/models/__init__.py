@@ -75,7 +75,7 @@ classifier, ``classifier(z)``; state and within, ``state(u, y)`` and ``within(z,
 loadings, what each factor of a linear decoder does to each gene, ``loadings()``
     HorseshoeLoadings(n)          few genes move with a factor, about n of them (default: 5 %); unused factors end at 0
     NormalLoadings(sd)            all move a little; every rotation of the factors is then as good
-    NonNegativeLoadings(mean)     a factor raises genes and lowers none
+    NonNegativeLoadings(median)   a factor raises genes and lowers none
 
 decoder, ``decoder(z, cells)``, and encoder, ``encoder(cells)``
     Decoder(), Encoder()          hidden layers; n_hidden, n_layers, dropout, norm="layer" or "batch"
