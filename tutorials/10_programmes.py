@@ -1,14 +1,12 @@
 # %% [markdown]
 # # Programmes: which genes go together, and how sure is that?
 #
-# The decoder of scVI is a network: a latent dimension is no list of genes. Here log shares are linear in the state, so
-# it is one, with an interval for each gene. The price is some held-out likelihood, and it is printed below. Seven hundred
+# The decoder of scVI is a network: a latent dimension is no list of genes. Here log shares are linear in the state,
+# so it is one, with an interval for each gene. The price is some held-out likelihood, printed below. Seven hundred
 # blood cells; a minute or two on a laptop.
 
 # %%
 import warnings
-
-import numpy as np
 
 import pyrosc
 
@@ -67,9 +65,9 @@ for gene, others in known.items():
 # > LYZ: 4 of 4
 
 # %% [markdown]
-# Cytotoxic cells, B cells, plasma cells, monocytes and dendritic cells. A loading is the change of a gene's log share per
-# unit of the factor, relative to the median gene. Order and signs of factors are by a rule: most variance first, and the
-# genes that move most go up. `factors` gives cells' scores in the same order and with the same signs.
+# Cytotoxic cells, B cells, plasma cells, monocytes and dendritic cells. A loading is the change of a gene's log share
+# per unit of the factor, relative to the median gene. Order and signs of factors are by a rule: most variance first,
+# and the genes that move most go up. `factors` gives cells' scores in the same order and with the same signs.
 
 # %%
 cytotoxic = mean.loc["GNLY"].abs().idxmax()
