@@ -17,11 +17,13 @@ from .errors import FitError, ProgramError, PyroscWarning
 from .labels import Classifier, LabelPrior, TypeNormal
 from .libraries import GivenLibrary, LatentLibrary, ObservedLibrary
 from .likelihoods import NBLikelihood, PoissonLikelihood, ZINBLikelihood
+from .loadings import HorseshoeLoadings, NonNegativeLoadings, NormalLoadings
+from .models.linear_scvi import linear_scvi
 from .models.mrvi import mrvi
 from .models.scanvi import scanvi
 from .models.scvi import scvi
 from .models.shifted_samples import shifted_samples
-from .networks import Decoder, Encoder, LinearDecoder
+from .networks import Decoder, Encoder, LinearDecoder, LoadingsDecoder
 from .parts import Part
 from .posterior import Fit
 from .priors import FlowPrior, MixturePrior, Prior, VampPrior
@@ -44,6 +46,7 @@ __all__ = [  # noqa: RUF022
     "scanvi",
     "mrvi",
     "shifted_samples",
+    "linear_scvi",
     "Program",
     "Part",
     "Prior",
@@ -53,6 +56,10 @@ __all__ = [  # noqa: RUF022
     "Encoder",
     "Decoder",
     "LinearDecoder",
+    "NormalLoadings",
+    "HorseshoeLoadings",
+    "NonNegativeLoadings",
+    "LoadingsDecoder",
     "ObservedLibrary",
     "LatentLibrary",
     "GivenLibrary",

@@ -454,3 +454,42 @@ class LinearDecoder(Part):
         if offset is not None:
             out = out + offset
         return (out.softmax(-1) if self.is_share else nn.functional.softplus(out)), None
+
+
+class LoadingsDecoder(Part):
+    """z, loadings and covariates to expected shares: softmax(z W' + V c + b), W handed in.
+
+    Parameters
+    ----------
+    covariates : whether batch and other columns shift the log shares of genes
+
+    Notes
+    -----
+    V and b are estimates without a posterior. With given size factors rho is a rate, exp(z W' + V c + b). There is no
+    hidden layer. `LinearDecoder` is the same with W a weight of its own.
+    """
+
+    def __init__(self, covariates: bool = True) -> None:
+        if not isinstance(covariates, bool):
+            raise ValueError(f"covariates must be True or False, not {covariates!r}")
+        super().__init__(covariates=covariates)
+
+    def build(self, schema: Schema, sizes: Mapping[str, int], parts: Mapping[str, nn.Module]) -> None:
+        self.is_share = _are_shares(schema)
+        self.covariates = _covariates(schema, self.arguments["covariates"], None)
+        self.bias = nn.Parameter(torch.zeros(schema.n_genes))
+        if self.covariates:
+            self.shifts = nn.Linear(self.covariates.width, schema.n_genes, bias=False)
+            nn.init.zeros_(self.shifts.weight)
+
+    def start(self, cells: Cells) -> None:
+        _start_at_profile(self.bias, cells, True)
+
+    def forward(self, z: Tensor, cells: Cells, loadings: Tensor) -> Tensor:
+        """rho (..., n, G) of states (..., n, K) under loadings (G, K), or (S, 1, G, K) with draws in front."""
+        if loadings.dim() > 2:
+            loadings = loadings.squeeze(-3)
+        out = z @ loadings.transpose(-1, -2) + self.bias
+        if self.covariates:
+            out = out + self.shifts(self.covariates(cells))
+        return out.softmax(-1) if self.is_share else out.exp()

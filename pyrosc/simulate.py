@@ -42,14 +42,17 @@ def tissue(
     -------
     AnnData
         ``X`` CSR counts (N, G); ``obs``: "batch", "cell_type", "factor" (the continuous one) and
-        "library" (expected total); ``layers["rho"]`` (N, G) true shares; ``var["dispersion"]``.
+        "library" (expected total); ``layers["rho"]`` (N, G) true shares; ``var["dispersion"]``;
+        ``varm["programmes"]`` DataFrame (G, programmes), what each adds to log rates, 0 for genes that it does not
+        move: "branch1.0", ... by level and place in the tree (of 8 types branch1.0 holds types 0 to 3, branch3.5 type
+        5 alone; branches without types, or with all, are left out), and "factor".
     """
     draw = np.random.default_rng(seed)
     if not 1 <= n_markers <= n_genes:
         raise ValueError(f"n_markers must be between 1 and n_genes={n_genes}, not {n_markers}")
     if not dispersion > 0:
         raise ValueError(f"dispersion must be positive, not {dispersion!r}")
-    base, of_type, loading = _related_types(draw, n_genes, n_types, n_markers, effect)
+    base, programmes, of_type = _related_types(draw, n_genes, n_types, n_markers, effect)
     shift = draw.normal(0, 0.3, (n_batches, n_genes)) if n_batches > 1 else np.zeros((1, n_genes))
     cross = draw.normal(0, 0.1, (n_batches, n_types, n_genes)) if n_batches > 1 else np.zeros((1, n_types, n_genes))
     inverse = draw.lognormal(np.log(dispersion), 1, n_genes)
@@ -60,7 +63,7 @@ def tissue(
         absent = (batch == n_batches - 1) & (kind == n_types - 1)
         kind[absent] = draw.integers(n_types - 1, size=absent.sum())
     factor = draw.normal(size=n_cells)
-    logits = base + of_type[kind] + factor[:, None] * loading + shift[batch] + cross[batch, kind]
+    logits = base + of_type[kind] + factor[:, None] * programmes["factor"] + shift[batch] + cross[batch, kind]
     rho = np.exp(logits - logits.max(1, keepdims=True))
     rho /= rho.sum(1, keepdims=True)
     offset = np.resize([0.0, 0.3, -0.4], n_batches)
@@ -73,31 +76,37 @@ def tissue(
         "factor": factor,
         "library": library,
     }
+    names = [f"gene{j}" for j in range(n_genes)]
     return anndata.AnnData(
         X=sparse.csr_matrix(counts.astype(np.float32)),
         obs=pd.DataFrame(obs, index=[f"cell{i}" for i in range(n_cells)]),
-        var=pd.DataFrame({"dispersion": inverse}, index=[f"gene{j}" for j in range(n_genes)]),
+        var=pd.DataFrame({"dispersion": inverse}, index=names),
+        varm={"programmes": pd.DataFrame(programmes, index=names)},
         layers={"rho": rho.astype(np.float32)},
     )
 
 
 def _related_types(
     draw: np.random.Generator, n_genes: int, n_types: int, n_markers: int, effect: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Base log rates (G,), shifts of types (C, G) that are leaves of a binary tree, and loadings (G,) of a factor."""
+) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
+    """Base log rates (G,); shifts (G,) of branches of a tree of types and loadings of a "factor"; of types (C, G)."""
     of_factor = min(40, max(2, n_genes // 25))
     levels = max(1, int(np.ceil(np.log2(max(n_types, 2)))))
     of_type = np.zeros((n_types, n_genes))
+    programmes: dict[str, np.ndarray] = {}
     for level in range(levels):
         for branch in range(2 ** (level + 1)):
             inside = [t for t in range(n_types) if t >> (levels - 1 - level) == branch]
+            moved = np.zeros(n_genes)
             genes = draw.choice(n_genes, n_markers, replace=False)
-            shift = draw.normal(0, effect, n_markers)
-            for t in inside:
-                of_type[t, genes] += shift
+            moved[genes] = draw.normal(0, effect, n_markers)
+            of_type[inside] += moved
+            if 0 < len(inside) < n_types:
+                programmes[f"branch{level + 1}.{branch}"] = moved
     loading = np.zeros(n_genes)
     loading[draw.choice(n_genes, of_factor, replace=False)] = draw.normal(0, 0.3, of_factor)
-    return draw.normal(-1, 1.2, n_genes), of_type, loading
+    programmes["factor"] = loading
+    return draw.normal(-1, 1.2, n_genes), programmes, of_type
 
 
 def donors(
@@ -159,7 +168,7 @@ def donors(
     if proportions is not None and not proportions > 0:
         raise ValueError(f"proportions must be a positive concentration or None, not {proportions!r}")
     draw = np.random.default_rng(seed)
-    base, of_type, loading = _related_types(draw, n_genes, n_types, n_markers, effect)
+    base, programmes, of_type = _related_types(draw, n_genes, n_types, n_markers, effect)
     inverse = draw.lognormal(np.log(dispersion), 1, n_genes)
     folds = np.zeros((n_types, n_donors, n_genes))  # log2
     for t in range(n_active):
@@ -175,7 +184,7 @@ def donors(
         share = draw.dirichlet(np.full(n_types, proportions), n_donors)
     kind: Any = (draw.uniform(size=(n_cells, 1)) > share[donor].cumsum(1)).sum(1).clip(max=n_types - 1)
     factor = draw.normal(size=n_cells)
-    logits = base + of_type[kind] + factor[:, None] * loading + np.log(2) * folds[kind, donor]
+    logits = base + of_type[kind] + factor[:, None] * programmes["factor"] + np.log(2) * folds[kind, donor]
     rho = np.exp(logits - logits.max(1, keepdims=True))
     rho /= rho.sum(1, keepdims=True)
     library = draw.lognormal(np.log(depth), 0.35, n_cells)

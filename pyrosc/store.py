@@ -41,8 +41,9 @@ from .errors import PyroscWarning
 from .labels import Classifier, LabelPrior, TypeNormal
 from .libraries import GivenLibrary, LatentLibrary, ObservedLibrary
 from .likelihoods import NBLikelihood, PoissonLikelihood, ZINBLikelihood
-from .models import mrvi, scanvi, scvi, shifted_samples
-from .networks import Decoder, Encoder, LinearDecoder
+from .loadings import HorseshoeLoadings, NonNegativeLoadings, NormalLoadings
+from .models import linear_scvi, mrvi, scanvi, scvi, shifted_samples
+from .networks import Decoder, Encoder, LinearDecoder, LoadingsDecoder
 from .overlap import Landmarks
 from .parts import Part
 from .posterior import Fit
@@ -61,6 +62,7 @@ STORIES: dict[str, tuple[Callable[..., None], Callable[..., None] | None]] = {
     "scanvi": (scanvi.model, scanvi.guide),
     "mrvi": (mrvi.model, mrvi.guide),
     "shifted_samples": (shifted_samples.model, shifted_samples.guide),
+    "linear_scvi": (linear_scvi.model, linear_scvi.guide),
 }
 
 PARTS: dict[str, type[Part]] = {
@@ -70,6 +72,7 @@ PARTS: dict[str, type[Part]] = {
         GeneDispersion, BatchDispersion, LabelDispersion, CellDispersion, NoDispersion, InverseSqrtPrior, TrendPrior,
         NBLikelihood, ZINBLikelihood, PoissonLikelihood, Encoder, Decoder, LinearDecoder,
         LabelPrior, Classifier, TypeNormal, SampleEffects, Directions, Archetypes, SampleNormal,
+        NormalLoadings, HorseshoeLoadings, NonNegativeLoadings, LoadingsDecoder,
     )
 }  # fmt: skip
 

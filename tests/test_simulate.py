@@ -37,6 +37,22 @@ def test_it_is_seeded_and_checks_its_arguments():
         pyrosc.simulate.tissue(50, 20)
 
 
+def test_programmes_are_what_tells_cells_apart():
+    """Without batches, log shares of two cells differ by the programmes of their types and the factor, and by no more."""
+    adata = pyrosc.simulate.tissue(40, 80, n_types=5, n_batches=1, n_markers=20, seed=3)
+    table, kind = adata.varm["programmes"], adata.obs["cell_type"].astype(str).str[4:].astype(int).to_numpy()
+    logits = np.outer(adata.obs["factor"], table["factor"])
+    for name in table.columns.drop("factor"):
+        level, branch = (int(v) for v in name.removeprefix("branch").split("."))
+        logits += np.outer(kind >> (3 - level) == branch, table[name])
+    apart = np.log(adata.layers["rho"][1:] / adata.layers["rho"][:1]) - (logits[1:] - logits[:1])
+
+    np.testing.assert_allclose(apart, apart.mean(1, keepdims=True) + np.zeros(80), atol=1e-4)
+    assert ((table.drop(columns="factor") != 0).sum() == 20).all()
+    assert "branch1.1" in table  # type4 alone
+    assert "branch2.3" not in table  # no type there
+
+
 # ---- bursts -----------------------------------------------------------------------------------
 
 

@@ -8,6 +8,8 @@ scanvi  the state comes from the cell's type, known for some cells, and from how
         To name cells by a few labels, and new cells by a reference (``fit.map``). Parts: those of scvi (the prior is
         that of the variation within types), labels, classifier, state, within. It told simulated types better than a
         mixture over labels as the prior of scvi with the same classifier term (benchmarks/README.md).
+linear_scvi  log shares are linear in the state, so that each factor is a list of genes with intervals (`Fit.loadings`).
+        To read programmes, at a small loss of held-out likelihood. Parts: those of scvi, and loadings.
 
 A story of your own is a function, ``Program(model, cells, ...)``; every part below fits it
 (tutorials/03_write_a_story.py):
@@ -70,9 +72,15 @@ classifier, ``classifier(z)``; state and within, ``state(u, y)`` and ``within(z,
     Classifier(weight=20)         log odds of types from the state; how much known labels count in training
     TypeNormal()                  a normal by type, from a small network
 
+loadings, what each factor of a linear decoder does to each gene, ``loadings()``
+    HorseshoeLoadings(n)          few genes move with a factor, about n of them (default: 5 %); unused factors end at 0
+    NormalLoadings(sd)            all move a little; every rotation of the factors is then as good
+    NonNegativeLoadings(median)   a factor raises genes and lowers none
+
 decoder, ``decoder(z, cells)``, and encoder, ``encoder(cells)``
     Decoder(), Encoder()          hidden layers; n_hidden, n_layers, dropout, norm="layer" or "batch"
-    LinearDecoder()               log shares linear in z: loadings can be read
+    LinearDecoder()               log shares linear in z: loadings can be read, as estimates
+    LoadingsDecoder()             the same with loadings of the story's own, decoder(z, cells, loadings)
     covariates="first", "deep", "norm" or False: batch and other columns joined to the first layer, to every
     layer, as shift and scale of the norm, or not seen. embedding=e for columns of many levels
 
