@@ -13,9 +13,11 @@ from .dispersions import (
     TrendPrior,
 )
 from .errors import FitError, ProgramError, PyroscWarning
+from .fragments import count_kind, reads_to_fragments
 from .labels import Classifier, LabelPrior, TypeNormal
 from .libraries import GivenLibrary, LatentLibrary, ObservedLibrary
-from .likelihoods import NBLikelihood, PoissonLikelihood, ZINBLikelihood
+from .likelihoods import BernoulliLikelihood, NBLikelihood, PoissonLikelihood, ZINBLikelihood
+from .models.poissonvi import poissonvi
 from .models.scanvi import scanvi
 from .models.scvi import scvi
 from .networks import Decoder, Encoder, LinearDecoder
@@ -23,6 +25,7 @@ from .parts import Part
 from .posterior import Fit
 from .priors import FlowPrior, MixturePrior, Prior, VampPrior
 from .program import Program
+from .regions import RegionDecoder
 from .schema import Schema
 from .store import load
 from .training import fit
@@ -38,6 +41,7 @@ __all__ = [  # noqa: RUF022
     "Schema",
     "scvi",
     "scanvi",
+    "poissonvi",
     "Program",
     "Part",
     "Prior",
@@ -47,6 +51,7 @@ __all__ = [  # noqa: RUF022
     "Encoder",
     "Decoder",
     "LinearDecoder",
+    "RegionDecoder",
     "ObservedLibrary",
     "LatentLibrary",
     "GivenLibrary",
@@ -63,6 +68,9 @@ __all__ = [  # noqa: RUF022
     "NBLikelihood",
     "ZINBLikelihood",
     "PoissonLikelihood",
+    "BernoulliLikelihood",
+    "count_kind",
+    "reads_to_fragments",
     "fit",
     "Fit",
     "load",

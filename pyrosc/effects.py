@@ -155,8 +155,8 @@ class Totals:
         expected, variance, seen = np.moveaxis(sums.numpy().reshape(len(programs), n_units, 3, n_genes), 2, 0)
         return cls(seen[0], expected, variance.mean(0))
 
-    def log_ratio(self, units: np.ndarray, by: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """log2 of counts seen over expected in some units together, (M, G), and the variance of that, (G,).
+    def ratio(self, units: np.ndarray, by: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """Counts seen over expected in some units together, (M, G), and the shape (G,) of a gamma law of their noise.
 
         Of the counts' laws; or, where donors ``by`` (U,) scatter more, of donors (Cochran 1977, Sampling Techniques,
         section 6.4, the ratio estimator).
@@ -175,8 +175,12 @@ class Totals:
             np.add.at(rest, of_donor, y - total / expected.mean(0) * mean.mean(0))
             variance = np.maximum(variance, (rest**2).sum(0) * len(rest) / (len(rest) - 1))
         # A count with that mean and variance is about a gamma variable, whose log has variance trigamma(shape).
-        shape = expected.mean(0) ** 2 / np.maximum(variance, 1e-12)
-        return np.log2(total / expected), special.polygamma(1, shape) / np.log(2) ** 2
+        return total / expected, expected.mean(0) ** 2 / np.maximum(variance, 1e-12)
+
+    def log_ratio(self, units: np.ndarray, by: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """log2 of `ratio`, (M, G), and the variance of that, (G,)."""
+        ratio, shape = self.ratio(units, by)
+        return np.log2(ratio), special.polygamma(1, shape) / np.log(2) ** 2
 
 
 # ---- what is said of an effect ----------------------------------------------------------------
@@ -454,7 +458,7 @@ def differential_expression(
             counts = [_counts_of(cells, mask)[0] for mask in pair.masks]
             e = pseudocount_of(counts, means) if pseudocount is None else pseudocount
             sizes = [per_world[key] for key in own]
-            lfc = _about_their_mean(log2_ratio(means[0], means[1], e), sizes)
+            lfc = about_their_mean(log2_ratio(means[0], means[1], e), sizes)
             member = np.concatenate([fit.member_of(n) for n in sizes]) if fit.members else None
             abundance = (means[0] + means[1]).mean(0).numpy() if shrink else None
             found = decoded = Effects.of(lfc, member, abundance)
@@ -586,7 +590,7 @@ def _draws_of_worlds(n_draws: int, keys: list[list[Any]], least: int) -> dict[An
     return found
 
 
-def _about_their_mean(lfc: np.ndarray, sizes: list[int]) -> np.ndarray:
+def about_their_mean(lfc: np.ndarray, sizes: list[int]) -> np.ndarray:
     """Effects (S, G) under one batch after the other, moved to their mean over batches.
 
     What is asked is that mean: how effects differ between batches is not uncertainty of it.
@@ -701,7 +705,7 @@ def _is_false(draws: np.ndarray, law: Any, delta: float) -> np.ndarray:
 
 def _finish(
     table: pd.DataFrame, fit: Fit, cells: Cells, pair: Comparison, means: list[Tensor], delta: float, fdr: float,
-    pseudocount: float, is_false: np.ndarray | None,
+    pseudocount: float, is_false: np.ndarray | None, size: str = "lfc_mean",
 ) -> pd.DataFrame:  # fmt: skip
     if "expected_fdp" not in table:
         table["expected_fdp"] = expected_fdp(table["probability"].to_numpy())
@@ -719,11 +723,7 @@ def _finish(
     table.attrs = {"delta": float(delta), "pseudocount": float(pseudocount), "fdp_interval": fdp}
     if "p_value" in table:
         return table.sort_values("p_value", kind="stable")
-    return table.sort_values(["probability", "lfc_mean"], ascending=False, key=_by_size)
-
-
-def _by_size(column: pd.Series) -> pd.Series:
-    return column.abs() if column.name == "lfc_mean" else column
+    return table.sort_values(["probability", size], ascending=False, key=abs)
 
 
 def _prior_effects(fit: Fit, pair: Comparison, worlds: list[Cells], pseudocount: float, seed: int) -> np.ndarray:
@@ -833,7 +833,8 @@ def _columns(
         if mixed:
             raise ValueError(
                 f'design: "{name}" has {mixed[0].nunique()} levels within one donor and group '
-                f"({listed(mixed[0].unique())}); a column of a design is one of samples"
+                f"({listed(mixed[0].unique())}; {len(mixed):,} of {len(samples):,} samples of donors have several); "
+                "a column of a design is one of samples"
             )
         value = np.array([str(s.iloc[0]) for s in samples])
         found.append((value[:, None] == np.unique(value)[1:]).astype(float))

@@ -40,14 +40,15 @@ from .dispersions import (
 from .errors import PyroscWarning
 from .labels import Classifier, LabelPrior, TypeNormal
 from .libraries import GivenLibrary, LatentLibrary, ObservedLibrary
-from .likelihoods import NBLikelihood, PoissonLikelihood, ZINBLikelihood
-from .models import scanvi, scvi
+from .likelihoods import BernoulliLikelihood, NBLikelihood, PoissonLikelihood, ZINBLikelihood
+from .models import poissonvi, scanvi, scvi
 from .networks import Decoder, Encoder, LinearDecoder
 from .overlap import Landmarks
 from .parts import Part
 from .posterior import Fit
 from .priors import DISTRIBUTIONS, FlowPrior, MixturePrior, Prior, VampPrior
 from .program import Program
+from .regions import RegionDecoder
 from .schema import Schema, listed
 
 _MEMBER = "members."  # before the names of an ensemble's tensors
@@ -58,6 +59,7 @@ _ENTRY = "pyrosc"
 STORIES: dict[str, tuple[Callable[..., None], Callable[..., None] | None]] = {
     "scvi": (scvi.model, scvi.guide),
     "scanvi": (scanvi.model, scanvi.guide),
+    "poissonvi": (poissonvi.model, poissonvi.guide),
 }
 
 PARTS: dict[str, type[Part]] = {
@@ -67,6 +69,7 @@ PARTS: dict[str, type[Part]] = {
         GeneDispersion, BatchDispersion, LabelDispersion, CellDispersion, NoDispersion, InverseSqrtPrior, TrendPrior,
         NBLikelihood, ZINBLikelihood, PoissonLikelihood, Encoder, Decoder, LinearDecoder,
         LabelPrior, Classifier, TypeNormal,
+        BernoulliLikelihood, RegionDecoder,
     )
 }  # fmt: skip
 
