@@ -9,10 +9,11 @@ factor, the same in all cells. Two scales do without it:
 
 Differences are of populations, from the same draws, counts and priors as the ratios. A group's mean share in draw s is
 
-    M_sg * r_sg,    r_sg ~ Gamma(shape, mean = counts seen / counts expected)
+    M_sg * r_sg,    r_sg ~ Normal(counts seen / counts expected, sd of that)
 
 for M what is decoded, cells weighed by the Bayesian bootstrap, and r what the group's counts say beyond it: on the
 scale of shares that is the difference estimator itself (Särndal et al. 1992, chapter 6), with the noise of its counts.
+The normal law keeps means where they are; what it puts below 0 is continued as it is, open = L mean share.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from .effects import (
     _worlds,
     about_their_mean,
     log_odds,
+    scatter,
     sum_over_cells,
 )
 from .errors import ProgramError
@@ -72,8 +74,9 @@ def without_factors(fit: Fit, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def opened(share: Any, library: float) -> Any:
-    """Probability of at least one fragment among ``library`` of them, each in the region with probability ``share``."""
-    return -np.expm1(-library * np.asarray(share, dtype=float))
+    """Probability of at least one of ``library`` fragments in regions with these shares; linear below a share of 0."""
+    mean = library * np.asarray(share, dtype=float)
+    return np.where(mean > 0, -np.expm1(-np.maximum(mean, 0.0)), mean)
 
 
 def differences(
@@ -116,16 +119,16 @@ def differences(
         means = [sums.mean(units, by, of_donor) for units in both]
         if totals is not None:
             known = by if donors is not None and resample else None
-            means = [_with_counts(m, totals, units, known, member, [seed, k, i]) for i, (m, units) in
+            means = [_with_counts(m, totals, units, known, member, seed + 2 * k + i) for i, (m, units) in
                      enumerate(zip(means, both))]  # fmt: skip
         probability = [opened(m, library) for m in means]
-        drawn = about_their_mean(probability[0] - probability[1], sizes)
+        drawn = np.clip(about_their_mean(probability[0] - probability[1], sizes), -1.0, 1.0)
         abundance = (means[0] + means[1]).mean(0).numpy() if shrink else None
         effects = Effects.of(drawn, member, abundance)
         effects.sd = np.maximum(effects.sd, _LEAST_SD)
         table, law = _judged(effects, delta, interval, shrink)
         for i in range(2):
-            table[f"open{i + 1}"] = probability[i].mean(0)
+            table[f"open{i + 1}"] = np.clip(probability[i].mean(0), 0.0, 1.0)
         is_false = _is_false(effects.draws, law, delta)
         tables.append(_finish(table, fit, cells, pair, means, delta, fdr, 0.0, is_false, "difference_mean"))
     _say_confounded(fit, pairs, donors, "population")
@@ -141,13 +144,14 @@ def differences(
 
 
 def _with_counts(
-    mean: Tensor, totals: Totals, units: np.ndarray, by: np.ndarray | None, member: np.ndarray | None, seed: list[int]
+    mean: Tensor, totals: Totals, units: np.ndarray, by: np.ndarray | None, member: np.ndarray | None, seed: int
 ) -> Tensor:
     """Mean shares (S, G) times what the group's counts say beyond them, with the noise of these."""
-    ratio, shape = totals.ratio(units, by)  # (M, G), (G,)
+    ratio, expected, variance = totals.ratio(units, by)  # (M, G), (G,), (G,)
     ratio = ratio[np.zeros(len(mean), dtype=int) if member is None else member]
-    noisy = np.random.default_rng([*seed, 5]).gamma(np.maximum(shape * ratio, 1e-9)) / np.maximum(shape, 1e-9)
-    return mean * torch.as_tensor(noisy)
+    # Few counts that happen to be fewer than expected do not know the mean any better for it.
+    sd = np.sqrt(np.maximum(ratio, 1.0) * (variance + 0.5)) / expected
+    return mean * torch.as_tensor(ratio + sd * scatter(tuple(mean.shape), seed))
 
 
 def _judged(effects: Effects, delta: float, interval: float, shrink: bool) -> tuple[pd.DataFrame, Effects | Shrunk]:

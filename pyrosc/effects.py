@@ -155,8 +155,10 @@ class Totals:
         expected, variance, seen = np.moveaxis(sums.numpy().reshape(len(programs), n_units, 3, n_genes), 2, 0)
         return cls(seen[0], expected, variance.mean(0))
 
-    def ratio(self, units: np.ndarray, by: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """Counts seen over expected in some units together, (M, G), and the shape (G,) of a gamma law of their noise.
+    def ratio(self, units: np.ndarray, by: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Counts seen over expected in some units together, (M, G), those expected, and the variance of both, (G,).
+
+        Half a count is added to those seen and expected.
 
         Of the counts' laws; or, where donors ``by`` (U,) scatter more, of donors (Cochran 1977, Sampling Techniques,
         section 6.4, the ratio estimator).
@@ -174,12 +176,13 @@ class Totals:
             rest = np.zeros((of_donor.max() + 1, y.shape[1]))
             np.add.at(rest, of_donor, y - total / expected.mean(0) * mean.mean(0))
             variance = np.maximum(variance, (rest**2).sum(0) * len(rest) / (len(rest) - 1))
-        # A count with that mean and variance is about a gamma variable, whose log has variance trigamma(shape).
-        return total / expected, expected.mean(0) ** 2 / np.maximum(variance, 1e-12)
+        return total / expected, expected.mean(0), variance
 
     def log_ratio(self, units: np.ndarray, by: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """log2 of `ratio`, (M, G), and the variance of that, (G,)."""
-        ratio, shape = self.ratio(units, by)
+        ratio, expected, variance = self.ratio(units, by)
+        # A count with that mean and variance is about a gamma variable, whose log has variance trigamma(shape).
+        shape = expected**2 / np.maximum(variance, 1e-12)
         return np.log2(ratio), special.polygamma(1, shape) / np.log(2) ** 2
 
 
@@ -500,7 +503,7 @@ def _with_counts(
     comparison takes what is surer of most genes; a choice gene by gene would take what is too sure.
     """
     (one, v1), (two, v2) = (totals.log_ratio(units, by) for units in groups)
-    rest, noise = one - two, _scatter(lfc.shape, seed)  # (M, G), (S, G)
+    rest, noise = one - two, scatter(lfc.shape, seed)  # (M, G), (S, G)
     sd = np.sqrt(v1 + v2)
     as_it_is = Effects.of(lfc + (rest if member is None else rest[member]) + sd * noise, member, abundance)
     if member is None:
@@ -510,7 +513,7 @@ def _with_counts(
     return by_refits if np.median(by_refits.sd) < np.median(as_it_is.sd) else as_it_is
 
 
-def _scatter(shape: tuple[int, ...], seed: int) -> np.ndarray:
+def scatter(shape: tuple[int, ...], seed: int) -> np.ndarray:
     """(S, G) standard normal numbers, each column its quantiles in random order: no mean moves by chance."""
     column = stats.norm.ppf((np.arange(shape[0]) + 0.5) / shape[0])
     column /= column.std(ddof=1)

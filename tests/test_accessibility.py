@@ -130,7 +130,10 @@ def test_differences_are_between_probabilities_of_seeing_a_region_open(atac, tab
 
     assert opened(0.01, 100.0) == pytest.approx(1 - np.exp(-1.0))
     assert opened(1e-12, 1.0) == pytest.approx(1e-12, rel=1e-6)
-    assert ((table["open1"] - table["open2"]) - table["difference_mean"]).abs().max() < 1e-6
+    assert opened(-0.01, 100.0) == pytest.approx(-1.0)  # noise below 0 keeps its mean
+    near = table["open1"].between(0.05, 0.95) & table["open2"].between(0.05, 0.95)  # no draw is cut
+    assert ((table["open1"] - table["open2"]) - table["difference_mean"])[near].abs().max() < 1e-3
+    assert table[["open1", "open2"]].to_numpy().min() >= 0
     # 200 cells a group: a difference of probabilities has a standard error of at most sqrt(2 x 0.25 / 200) = 0.05
     assert np.abs(table["difference_mean"] - truth).max() < 5 * 0.05
     assert np.sqrt(np.mean((table["difference_mean"] - truth) ** 2)) < 0.05
@@ -200,12 +203,10 @@ def test_counts_beyond_what_is_decoded_move_means_as_they_should():
 
     found = _with_counts(mean, totals, np.array([True]), None, None, [0]).numpy()
 
-    # Gamma(seen + 1/2, expected + 1/2), its shape as expected^2 / variance has it
-    ratio, shape = np.array([30.5 / 20.5, 0.5 / 4.5]), np.array([20.5**2 / 20, 4.5**2 / 4])
-    one = mean[0].numpy()
-    error = one * np.sqrt(ratio / shape / 20_000)
-    assert (np.abs(found.mean(0) - ratio * one) < 4 * error).all()  # four standard errors
-    np.testing.assert_allclose(found.var(0), ratio / shape * one**2, rtol=0.1)
+    ratio, one = np.array([30.5 / 20.5, 0.5 / 4.5]), mean[0].numpy()
+    np.testing.assert_allclose(found.mean(0), ratio * one, rtol=1e-6)  # quantiles, so that no mean moves by chance
+    # Poisson: the variance of a count is its mean, that seen or that expected if this is more
+    np.testing.assert_allclose(found.var(0), np.array([30.5, 4.5]) / np.array([20.5, 4.5]) ** 2 * one**2, rtol=0.01)
 
 
 def test_an_ensemble_and_donors_and_all_groups_are_taken(atac):
