@@ -949,6 +949,9 @@ class Fit:
             if library is not None and not library > 0:
                 raise ValueError(f"library must be a positive number of fragments, not {library!r}")
             given["n_draws"] = _whole("n_draws", given["n_draws"], 2)
+            for name in ("resample", "residual", "shrink"):
+                if not isinstance(given[name], (bool, np.bool_)):
+                    raise TypeError(f"{name} is True or False, not {given[name]!r}")
             cells = self._ready(cells)
             pairs = comparisons(cells, groupby, group1, group2)
             self._require_rho_of_cells(cells)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .cells import Cells
-from .counts import Nonzeros, carried
+from .counts import Nonzeros, carried, may_look
 from .distributions import carry_logs
 from .networks import Decoder
 from .schema import Schema
@@ -35,12 +35,10 @@ class _Shares(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, found: Nonzeros) -> tuple[Tensor, Tensor]:
         n_genes = len(weight)
         shares = torch.addmm(bias, hidden, weight.t())
-        size = max(1, _PASS // n_genes)
-        tops, totals = [], []
+        size = max(1, _PASS // n_genes) if may_look(shares) else len(shares)
+        totals = []
         for rows in shares.split(size):  # in place: rows are views
-            top = rows.max(-1, keepdim=True).values
-            rows.sub_(top)
-            tops.append(top)
+            rows.sub_(rows.max(-1, keepdim=True).values)
         row = torch.div(found.index, n_genes, rounding_mode="floor")
         at = shares.view(-1).index_select(0, found.index)
         for rows in shares.split(size):
@@ -62,7 +60,7 @@ class _Shares(torch.autograd.Function):
             by_shares = None  # one number a row: shares sum to 1, so nothing moves
         if by_shares is None and by_logs is None:
             return None, None, None, None
-        size = max(1, _PASS // max(n, 1))
+        size = max(1, _PASS // max(n, 1)) if may_look(shares) else n_genes  # a GPU would wait for what is in a piece
         pieces = range(0, n_genes, size)
         pull = shares.new_zeros(n)  # sum_h d[n, h]
         if by_logs is not None:
@@ -78,7 +76,9 @@ class _Shares(torch.autograd.Function):
             block = here * -pull.unsqueeze(-1)
             if by_shares is not None:
                 block.addcmul_(here, by_shares[:, a : a + size])
-            if by_logs is not None:
+            if by_logs is not None and width == n_genes:
+                block.view(-1).index_add_(0, ctx.found.index, by_logs)
+            elif by_logs is not None:
                 some = ((ctx.found.gene >= a) & (ctx.found.gene < a + width)).nonzero().squeeze(-1)
                 place = ctx.row.index_select(0, some).mul_(width).add_(ctx.found.gene.index_select(0, some)).sub_(a)
                 block.view(-1).index_add_(0, place, by_logs.index_select(0, some))

@@ -232,6 +232,7 @@ def test_an_ensemble_and_donors_and_all_groups_are_taken(atac):
         (dict(scale="difference", estimand="donor"), ValueError, "differences are of populations"),
         (dict(scale="difference", pseudocount=0.1), TypeError, "no option 'pseudocount' for scale=\"difference\""),
         (dict(scale="difference", delta=-0.1), ValueError, "delta must be at least 0"),
+        (dict(scale="difference", shrink="no"), TypeError, "shrink is True or False"),
         (dict(n_drawz=3), TypeError, 'Did you mean "n_draws"'),
         (dict(scale="difference", batches="all"), ValueError, 'batches must be "shared" or "own"'),
     ],
@@ -239,3 +240,24 @@ def test_an_ensemble_and_donors_and_all_groups_are_taken(atac):
 def test_what_is_wrong_is_named(fit, cells, options, error, text):
     with pytest.raises(error, match=text):
         fit.differential_accessibility(cells, "cell_type", "type0", "type1", **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_intervals_of_differences_cover_and_calls_keep_their_rate_at_few_counts(seed):
+    # Closed regions have some three fragments in a group.
+    atac = pyrosc.simulate.fragments(800, 1000, n_types=3, depth=250.0, n_quantitative=60, highest=3.0, seed=seed)
+    cells = Cells.from_anndata(atac, label="cell_type")
+    fit = quick(pyrosc.poissonvi(cells), cells, epochs=40)
+    covered = {}
+    for residual in (True, False):
+        found = fit.differential_accessibility(
+            cells, "cell_type", "type0", "type1", scale="difference", delta=0.1, residual=residual
+        )
+        truth = truth_of(atac, library=found.attrs["library"])[found.index]
+        covered[residual] = found["difference_lower"].le(truth) & found["difference_upper"].ge(truth)
+        if residual:
+            assert (truth[found["is_da"]].abs() <= 0.1).mean() < 0.1  # asked for 0.05, of about 120 that are called
+
+    assert 0.85 < covered[True].mean() < 0.95  # nominal 0.9; 1,000 regions, a standard error of 0.01
+    assert covered[False].mean() < 0.2  # the twin: what is decoded alone

@@ -198,3 +198,17 @@ def test_the_rest_of_thinned_fragments_is_predicted(cells):
 def test_what_is_wrong_is_named(cells, call, error, text):
     with pytest.raises(error, match=text):
         call(cells)
+
+
+def test_new_cells_are_mapped_with_the_factors_of_the_reference(atac, cells, fitted):
+    query = atac[:60].copy()
+    query.obs["donor"] = "c"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PyroscWarning)
+        mapped = fitted.map(query, epochs=1, progress=False)
+
+    was, now = (f.program.parts["decoder"] for f in (fitted, mapped))
+    assert torch.equal(was.profile, now.profile)
+    assert torch.equal(was.factors, now.factors)
+    assert mapped.accessibility(query).shape == (60, cells.n_genes)
+    np.testing.assert_array_equal(mapped.latent(cells), fitted.latent(cells))
