@@ -339,6 +339,8 @@ def main() -> None:
                         store.parent.mkdir(parents=True, exist_ok=True)
                         store.write_text(json.dumps({"note": note, "rows": rows}, indent=1))
                         store.with_suffix(".md").write_text(report(rows, note))
+    if store is not None and rows:  # rows of other runs may have been put there by hand
+        store.with_suffix(".md").write_text(report(rows, note))
     print(report(rows, note))
 
 

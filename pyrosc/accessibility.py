@@ -32,17 +32,17 @@ from .effects import (
     Effects,
     Sums,
     Totals,
+    _about_their_mean,
     _donors,
     _draws_of_worlds,
     _finish,
     _is_false,
     _say_confounded,
+    _scatter,
     _shared_levels,
     _units,
     _worlds,
-    about_their_mean,
     log_odds,
-    scatter,
     sum_over_cells,
 )
 from .errors import ProgramError
@@ -122,7 +122,7 @@ def differences(
             means = [_with_counts(m, totals, units, known, member, seed + 2 * k + i) for i, (m, units) in
                      enumerate(zip(means, both))]  # fmt: skip
         probability = [opened(m, library) for m in means]
-        drawn = np.clip(about_their_mean(probability[0] - probability[1], sizes), -1.0, 1.0)
+        drawn = np.clip(_about_their_mean(probability[0] - probability[1], sizes), -1.0, 1.0)
         abundance = (means[0] + means[1]).mean(0).numpy() if shrink else None
         effects = Effects.of(drawn, member, abundance)
         effects.sd = np.maximum(effects.sd, _LEAST_SD)
@@ -151,7 +151,7 @@ def _with_counts(
     ratio = ratio[np.zeros(len(mean), dtype=int) if member is None else member]
     # Few counts that happen to be fewer than expected do not know the mean any better for it.
     sd = np.sqrt(np.maximum(ratio, 1.0) * (variance + 0.5)) / expected
-    return mean * torch.as_tensor(ratio + sd * scatter(tuple(mean.shape), seed))
+    return mean * torch.as_tensor(ratio + sd * _scatter(tuple(mean.shape), seed))
 
 
 def _judged(effects: Effects, delta: float, interval: float, shrink: bool) -> tuple[pd.DataFrame, Effects | Shrunk]:

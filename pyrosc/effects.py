@@ -461,7 +461,7 @@ def differential_expression(
             counts = [_counts_of(cells, mask)[0] for mask in pair.masks]
             e = pseudocount_of(counts, means) if pseudocount is None else pseudocount
             sizes = [per_world[key] for key in own]
-            lfc = about_their_mean(log2_ratio(means[0], means[1], e), sizes)
+            lfc = _about_their_mean(log2_ratio(means[0], means[1], e), sizes)
             member = np.concatenate([fit.member_of(n) for n in sizes]) if fit.members else None
             abundance = (means[0] + means[1]).mean(0).numpy() if shrink else None
             found = decoded = Effects.of(lfc, member, abundance)
@@ -503,7 +503,7 @@ def _with_counts(
     comparison takes what is surer of most genes; a choice gene by gene would take what is too sure.
     """
     (one, v1), (two, v2) = (totals.log_ratio(units, by) for units in groups)
-    rest, noise = one - two, scatter(lfc.shape, seed)  # (M, G), (S, G)
+    rest, noise = one - two, _scatter(lfc.shape, seed)  # (M, G), (S, G)
     sd = np.sqrt(v1 + v2)
     as_it_is = Effects.of(lfc + (rest if member is None else rest[member]) + sd * noise, member, abundance)
     if member is None:
@@ -513,7 +513,7 @@ def _with_counts(
     return by_refits if np.median(by_refits.sd) < np.median(as_it_is.sd) else as_it_is
 
 
-def scatter(shape: tuple[int, ...], seed: int) -> np.ndarray:
+def _scatter(shape: tuple[int, ...], seed: int) -> np.ndarray:
     """(S, G) standard normal numbers, each column its quantiles in random order: no mean moves by chance."""
     column = stats.norm.ppf((np.arange(shape[0]) + 0.5) / shape[0])
     column /= column.std(ddof=1)
@@ -593,7 +593,7 @@ def _draws_of_worlds(n_draws: int, keys: list[list[Any]], least: int) -> dict[An
     return found
 
 
-def about_their_mean(lfc: np.ndarray, sizes: list[int]) -> np.ndarray:
+def _about_their_mean(lfc: np.ndarray, sizes: list[int]) -> np.ndarray:
     """Effects (S, G) under one batch after the other, moved to their mean over batches.
 
     What is asked is that mean: how effects differ between batches is not uncertainty of it.
