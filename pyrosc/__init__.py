@@ -14,12 +14,14 @@ from .dispersions import (
     TrendPrior,
 )
 from .errors import FitError, ProgramError, PyroscWarning
+from .fragments import count_kind, reads_to_fragments
 from .labels import Classifier, LabelPrior, TypeNormal
 from .libraries import GivenLibrary, LatentLibrary, ObservedLibrary
-from .likelihoods import NBLikelihood, PoissonLikelihood, ZINBLikelihood
+from .likelihoods import BernoulliLikelihood, NBLikelihood, PoissonLikelihood, ZINBLikelihood
 from .loadings import HorseshoeLoadings, NonNegativeLoadings, NormalLoadings
 from .models.linear_scvi import linear_scvi
 from .models.mrvi import mrvi
+from .models.poissonvi import poissonvi
 from .models.scanvi import scanvi
 from .models.scvi import scvi
 from .models.shifted_samples import shifted_samples
@@ -28,6 +30,7 @@ from .parts import Part
 from .posterior import Fit
 from .priors import FlowPrior, MixturePrior, Prior, VampPrior
 from .program import Program
+from .regions import RegionDecoder
 from .samples import Archetypes, Directions, SampleEffects, SampleNormal
 from .schema import Schema
 from .store import load
@@ -47,6 +50,7 @@ __all__ = [  # noqa: RUF022
     "mrvi",
     "shifted_samples",
     "linear_scvi",
+    "poissonvi",
     "Program",
     "Part",
     "Prior",
@@ -60,6 +64,7 @@ __all__ = [  # noqa: RUF022
     "HorseshoeLoadings",
     "NonNegativeLoadings",
     "LoadingsDecoder",
+    "RegionDecoder",
     "ObservedLibrary",
     "LatentLibrary",
     "GivenLibrary",
@@ -80,6 +85,9 @@ __all__ = [  # noqa: RUF022
     "NBLikelihood",
     "ZINBLikelihood",
     "PoissonLikelihood",
+    "BernoulliLikelihood",
+    "count_kind",
+    "reads_to_fragments",
     "fit",
     "Fit",
     "load",

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from .counts import CountMatrix, carry, logger, nonzeros, read_counts, require_memory
 from .errors import PyroscWarning
-from .reading import check_names, chosen_genes, known_column, places, read_layer, remedy_of, where_of
+from .reading import are_regions, check_names, chosen_genes, known_column, places, read_layer, remedy_of, where_of
 from .schema import (
     ROLES,
     Factor,
@@ -180,7 +180,7 @@ class Cells:
         if genes is not None:
             chosen = chosen_genes(adata, genes)
             names, counts = names[chosen], counts.select(chosen)
-        if len(names) > _MANY_GENES:
+        if len(names) > _MANY_GENES and not are_regions(names):
             remedy = (
                 'Select some first (scanpy.pp.highly_variable_genes, then genes="highly_variable"); '
                 "to keep depth from all genes, pass their total as size_factor= (rho is then a rate)"

@@ -3,6 +3,7 @@
     NegativeBinomial(mean, dispersion)           variance mean + mean^2 / dispersion
     ZeroInflatedNegativeBinomial(.., gate_logits)  a zero is an extra one with probability sigmoid(gate_logits)
     Poisson(mean)                                variance mean
+    Presence(mean)                               whether a Poisson count is above zero
 
 ``dispersion`` is the inverse dispersion (the "size" of R); large means nearly Poisson.
 
@@ -429,42 +430,116 @@ class _LogZINB(_LogCounts):
         return value
 
 
-def _whole_poisson(x: Tensor, mean: Tensor) -> Tensor:
-    """log p(x) of the Poisson, in float64: terms as large as x cancel."""
-    big, rate = x.double(), mean.double()
-    return (big * rate.log() - rate - torch.lgamma(big + 1)).to(mean.dtype)
+class _LogRate(torch.autograd.Function):
+    """mean (n, G), of counts whose log p(0) is -mean: `_AtPoisson` or `_AtPresence` says what holds at the others.
 
-
-class _LogPoisson(_LogCounts):
-    """mean (n, G)."""
+    The slope is -1 at zeros and is kept at the non-zero counts alone: a dense block is made where it is handed back.
+    """
 
     @staticmethod
-    def forward(ctx: Any, mean: Tensor, found: Nonzeros, summed: bool) -> Tensor:
-        mu, x = mean.view(-1).index_select(0, found.index), found.count
+    def forward(ctx: Any, mean: Tensor, found: Nonzeros, summed: bool, kind: Any) -> Tensor:
+        mu = mean.view(-1).index_select(0, found.index)
+        at, whole = kind.at(found.count, mu)
         dense = mean
-        if may_look(mean):
-            few = _log_factorials(mean).squeeze(-1)
-            at = x * mu.log() - few.index_select(0, x.clamp(max=_FEW).long())
-            large = (x > _FEW).nonzero().squeeze(-1)
-            if len(large):
-                at.index_copy_(0, large, _whole_poisson(x.index_select(0, large), mu.index_select(0, large)))
-                dense = mean.clone()  # log p(x) is given whole there
-                dense.view(-1).index_fill_(0, found.index.index_select(0, large), 0.0)
-        else:
-            at, dense = _whole_poisson(x, mu), mean.clone()
-            dense.view(-1).index_fill_(0, found.index, 0.0)
+        if len(whole):  # log p(x) is given whole there
+            dense = mean.clone()
+            dense.view(-1).index_fill_(0, found.index.index_select(0, whole), 0.0)
         if summed:
             zero = dense.sum(-1) if found.mask is None else dense @ found.mask.to(dense)
             value = _row_sums(at, found).sub_(zero)
         else:
             value = -dense
             value = _put(value, found, value.view(-1).index_select(0, found.index).add_(at))
-        slope = None
-        if ctx.needs_input_grad[0]:
-            slope = _put(torch.ones_like(mean), found, 1 - x / mu)
-        ctx.save_for_backward(slope)
-        ctx.per_gene, ctx.summed = (False,), summed
+        ctx.save_for_backward(kind.slope(found.count, mu) if ctx.needs_input_grad[0] else None)
+        ctx.found, ctx.summed, ctx.shape = found, summed, mean.shape
         return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (slope,) = ctx.saved_tensors
+        if slope is None:
+            return None, None, None, None
+        block = (grad.unsqueeze(-1) if ctx.summed else grad).expand(ctx.shape).neg()
+        return _put(block, ctx.found, block.view(-1).index_select(0, ctx.found.index).mul_(-slope)), None, None, None
+
+
+class _AtPoisson:
+    """Poisson counts x > 0."""
+
+    @staticmethod
+    def at(x: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
+        """log p(x) + mean, or log p(x) at positions in the second answer: terms as large as a large x cancel."""
+        everywhere = torch.arange(len(x), device=x.device)
+        if not may_look(mu):
+            return _whole_poisson(x, mu), everywhere
+        value = _AtPoisson.rise(x, mu.log())
+        large = (x > _FEW).nonzero().squeeze(-1)
+        if len(large):
+            value.index_copy_(0, large, _whole_poisson(x.index_select(0, large), mu.index_select(0, large)))
+        return value, large
+
+    @staticmethod
+    def rise(x: Tensor, log_mu: Tensor) -> Tensor:
+        """log p(x) + mean."""
+        if not may_look(x):
+            return x * log_mu - torch.lgamma(x.double() + 1).to(x)
+        few = _log_factorials(x).squeeze(-1)
+        constant = few.index_select(0, x.clamp(max=_FEW).long())
+        large = (x > _FEW).nonzero().squeeze(-1)
+        if len(large):
+            constant.index_copy_(0, large, torch.lgamma(x.index_select(0, large).double() + 1).to(x))
+        return x * log_mu - constant
+
+    @staticmethod
+    def slope(x: Tensor, mu: Tensor) -> Tensor:
+        """Of log p(x) in the mean."""
+        return x / mu - 1
+
+
+class _AtPresence:
+    """Whether a Poisson count is above zero: log p(1) = log(1 - exp(-mean))."""
+
+    @staticmethod
+    def at(x: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
+        return _log_positive(mu), torch.arange(len(x), device=x.device)
+
+    @staticmethod
+    def rise(x: Tensor, log_mu: Tensor) -> Tensor:
+        mu = log_mu.exp()
+        return mu + _log_positive(mu)
+
+    @staticmethod
+    def slope(x: Tensor, mu: Tensor) -> Tensor:
+        return torch.exp(-mu) / -torch.expm1(-mu)
+
+
+def _log_positive(mu: Tensor) -> Tensor:
+    """log(1 - exp(-mu)), exact on both sides (Maechler 2012, Accurately computing log(1 - exp(-|a|)))."""
+    small = mu < 0.7
+    safe = torch.where(small, mu, 0.7)  # a branch that is not taken has a gradient too
+    return torch.where(small, (-torch.expm1(-safe)).log(), torch.log1p(-torch.exp(-torch.where(small, 0.7, mu))))
+
+
+def _whole_poisson(x: Tensor, mean: Tensor) -> Tensor:
+    """log p(x) of the Poisson, in float64: terms as large as x cancel."""
+    big, rate = x.double(), mean.double()
+    return (big * rate.log() - rate - torch.lgamma(big + 1)).to(mean.dtype)
+
+
+_LOGS = "pyrosc_logs"  # attribute under which shares (n, G) carry their logs at the non-zero counts
+
+
+def carry_logs(shares: Tensor, found: Nonzeros, logs: Tensor) -> Tensor:
+    """Hand ``shares`` (n, G) their logs (m,) at non-zero counts; densities then need no dense gradient."""
+    setattr(shares, _LOGS, (found, logs, shares._version))
+    return shares
+
+
+def carried_logs(shares: Tensor, found: Nonzeros) -> Tensor | None:
+    """Logs (m,) at these very non-zero counts, if ``shares`` carry them and were not edited since."""
+    known, logs, version = getattr(shares, _LOGS, (None, None, None))
+    return logs if known is found and version == shares._version else None
 
 
 # ---- the distributions ------------------------------------------------------------------------
@@ -484,9 +559,14 @@ class _PerCell(Independent):
 class _Counts(TorchDistribution):
     """What the count distributions share: shapes, and how a value meets its parameters."""
 
-    support = constraints.nonnegative_integer
+    support: ClassVar[Any] = constraints.nonnegative_integer
     has_rsample = False
     _names: tuple[str, ...]  # parameters, each kept as it came (not expanded) under "_" + name
+
+    @property
+    def _beside(self) -> tuple[str, ...]:
+        """Parameters beside the mean that the density takes."""
+        return self._names[1:]
 
     def _set(self, parameters: dict[str, Tensor], validate_args: bool | None) -> None:
         floating = [p.dtype for p in parameters.values() if p.is_floating_point()]
@@ -523,10 +603,11 @@ class _Counts(TorchDistribution):
     def _log_density(self, value: Tensor, summed: bool) -> Tensor:
         shape = torch.broadcast_shapes(self.batch_shape, value.shape)
         block = shape if shape else torch.Size([1])
-        found = _meet(value, block, self._mean.dtype)
+        mean = self._mean
+        found = _meet(value, block, mean.dtype)
         n_genes = block[-1]
-        mean = self._mean.expand(block).reshape(-1, n_genes).contiguous()
-        rest = [_per_gene_or_full(getattr(self, "_" + name), block) for name in self._names[1:]]
+        mean = mean.expand(block).reshape(-1, n_genes).contiguous()
+        rest = [_per_gene_or_full(getattr(self, "_" + name), block) for name in self._beside]
         if not torch.is_grad_enabled():  # else slopes would be made, and thrown away
             mean, *rest = (t.detach() for t in (mean, *rest))
         result: Tensor = self._apply(mean, *rest, found, summed)
@@ -741,48 +822,90 @@ class ZeroInflatedNegativeBinomial(_Counts):
         return ZeroInflatedNegativeBinomial(rest._mean, rest._dispersion, closed, validate_args=False)
 
 
-class Poisson(_Counts):
-    """Poisson counts, with the log density taken at the non-zero counts only.
-
-    Parameters
-    ----------
-    mean, log_mean : (...,), >= 0
-        Expected count, or its log; give one of the two.
-
-    Notes
-    -----
-    Precision, ranges and errors as for `NegativeBinomial`.
-    """
+class _OfRate(_Counts):
+    """What `Poisson` and `Presence` share: a mean that may be given as a rate and an exposure."""
 
     arg_constraints: ClassVar[dict[str, Any]] = {"mean": constraints.nonnegative}
-    _names = ("mean",)
+    _names = ("rate", "exposure")
+    _kind: ClassVar[Any]
 
     def __init__(
         self,
         mean: Tensor | float | None = None,
         *,
         log_mean: Tensor | None = None,
+        exposure: Tensor | float | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        self._set({"mean": _given("mean", mean, log_mean)}, validate_args)
+        self._exposure: Tensor | None = None
+        given = {"rate": _given("mean", mean, log_mean)}
+        if exposure is not None:
+            given["exposure"] = torch.as_tensor(exposure)
+        self._set(given, validate_args)
+
+    @property
+    def _beside(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def _mean(self) -> Tensor:
+        return self._rate if self._exposure is None else self._exposure * self._rate
+
+    def _log_density(self, value: Tensor, summed: bool) -> Tensor:
+        rate, exposure = self._rate, self._exposure
+        if summed and exposure is not None and rate.dim() == 2 and torch.is_grad_enabled():
+            found = nonzeros(value)
+            logs = carried_logs(rate, found) if found.mask is None else None
+            if logs is not None and rate.shape == value.shape == self.batch_shape and exposure.shape[-1:] == (1,):
+                return self._by_logs(found, logs, rate, exposure.expand(len(rate), 1).squeeze(-1))
+        return super()._log_density(value, summed)
+
+    def _by_logs(self, found: Nonzeros, logs: Tensor, rate: Tensor, exposure: Tensor) -> Tensor:
+        """(n,) sums over genes: no mean is made, and the gradient of the rates is the same along each row."""
+        row = torch.div(found.index, rate.shape[-1], rounding_mode="floor")
+        rise = self._kind.rise(found.count.to(logs), logs + exposure.log().index_select(0, row))
+        sums = torch.zeros(len(rate), dtype=torch.float64, device=rate.device).index_add(0, row, rise.double())
+        return (sums - (exposure * rate.sum(-1)).double()).to(rate.dtype)
+
+    def _apply(self, *args: Any) -> Tensor:
+        return _LogRate.apply(*args, self._kind)
+
+
+class Poisson(_OfRate):
+    """Poisson counts, with the log density taken at the non-zero counts only.
+
+    Parameters
+    ----------
+    mean, log_mean : (...,), >= 0
+        Expected count, or its log; give one of the two.
+    exposure : (..., 1), > 0
+        Multiplies the mean; 1 without it. Shares that carry their logs at the non-zero counts (`regions`) and totals
+        of cells are then never multiplied out in training.
+
+    Notes
+    -----
+    Precision, ranges and errors as for `NegativeBinomial`.
+
+    >>> Poisson(torch.tensor([0.2, 0.8]), exposure=torch.tensor([10.0])).mean
+    tensor([2., 8.])
+    """
+
+    _kind = _AtPoisson
 
     @property
     def mean(self) -> Tensor:
         """Expected count, of the batch shape."""
-        return self._full("mean")
+        return self._mean.expand(self.batch_shape)
 
     @property
     def variance(self) -> Tensor:
         """The mean again."""
         return self.mean
 
-    def _apply(self, *args: Any) -> Tensor:
-        return _LogPoisson.apply(*args)
-
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """Counts; rates are clamped at 1e8."""
         with torch.no_grad():
-            return torch.poisson(self._full("mean", self._extended_shape(torch.Size(sample_shape))).clamp(max=_MOST))
+            return torch.poisson(self._mean.expand(self._extended_shape(torch.Size(sample_shape))).clamp(max=_MOST))
 
     def rest_given(self, kept: Tensor, fraction: float) -> Poisson:
         """Law of the counts that were dropped, as for `NegativeBinomial`: those kept say nothing of them."""
@@ -792,6 +915,51 @@ class Poisson(_Counts):
         """Probability of at most ``value``, without gradient."""
         x, mean = _float64(value), _float64(self._mean)
         return _tensor(np.where(x < 0, 0.0, special.pdtr(np.floor(np.maximum(x, 0)), mean)), self._mean)
+
+
+class Presence(_OfRate):
+    """Whether there is a count at all: 1 with probability 1 - exp(-mean), else 0.
+
+    It is what is left of a `Poisson` of that mean when counts are cut to 0 and 1, so that the two can be compared: one
+    mean, one decoder, two ways to look at the data.
+
+    Parameters
+    ----------
+    mean, log_mean : (...,), >= 0
+        Expected count behind it, or its log; give one of the two.
+    exposure : (..., 1), > 0
+        Multiplies the mean, as in `Poisson`.
+
+    Notes
+    -----
+    ``.mean`` is that of the values, 1 - exp(-mean), and exact for small ones. Values are 0 and 1.
+
+    >>> Presence(torch.tensor(1e-6)).log_prob(torch.tensor(1.0)).exp()
+    tensor(1.0000e-06)
+    """
+
+    support: ClassVar[Any] = constraints.boolean
+    _kind = _AtPresence
+
+    @property
+    def mean(self) -> Tensor:
+        """Probability of a 1, of the batch shape."""
+        return (-torch.expm1(-self._mean)).expand(self.batch_shape)
+
+    @property
+    def variance(self) -> Tensor:
+        """Of a value that is 0 or 1."""
+        return self.mean * torch.exp(-self._mean)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """0 or 1."""
+        with torch.no_grad():
+            return torch.bernoulli(self.mean.expand(self._extended_shape(torch.Size(sample_shape))))
+
+    def cdf(self, value: Tensor) -> Tensor:
+        """Probability of at most ``value``, without gradient."""
+        none = torch.exp(-self._mean.detach())
+        return torch.where(value < 0, torch.zeros_like(none), torch.where(value < 1, none, torch.ones_like(none)))
 
 
 def _float64(t: Tensor) -> np.ndarray:

@@ -155,8 +155,10 @@ class Totals:
         expected, variance, seen = np.moveaxis(sums.numpy().reshape(len(programs), n_units, 3, n_genes), 2, 0)
         return cls(seen[0], expected, variance.mean(0))
 
-    def log_ratio(self, units: np.ndarray, by: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """log2 of counts seen over expected in some units together, (M, G), and the variance of that, (G,).
+    def ratio(self, units: np.ndarray, by: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Counts seen over expected in some units together, (M, G), those expected, and the variance of both, (G,).
+
+        Half a count is added to those seen and expected.
 
         Of the counts' laws; or, where donors ``by`` (U,) scatter more, of donors (Cochran 1977, Sampling Techniques,
         section 6.4, the ratio estimator).
@@ -174,9 +176,14 @@ class Totals:
             rest = np.zeros((of_donor.max() + 1, y.shape[1]))
             np.add.at(rest, of_donor, y - total / expected.mean(0) * mean.mean(0))
             variance = np.maximum(variance, (rest**2).sum(0) * len(rest) / (len(rest) - 1))
+        return total / expected, expected.mean(0), variance
+
+    def log_ratio(self, units: np.ndarray, by: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """log2 of `ratio`, (M, G), and the variance of that, (G,)."""
+        ratio, expected, variance = self.ratio(units, by)
         # A count with that mean and variance is about a gamma variable, whose log has variance trigamma(shape).
-        shape = expected.mean(0) ** 2 / np.maximum(variance, 1e-12)
-        return np.log2(total / expected), special.polygamma(1, shape) / np.log(2) ** 2
+        shape = expected**2 / np.maximum(variance, 1e-12)
+        return np.log2(ratio), special.polygamma(1, shape) / np.log(2) ** 2
 
 
 # ---- what is said of an effect ----------------------------------------------------------------
@@ -701,7 +708,7 @@ def _is_false(draws: np.ndarray, law: Any, delta: float) -> np.ndarray:
 
 def _finish(
     table: pd.DataFrame, fit: Fit, cells: Cells, pair: Comparison, means: list[Tensor], delta: float, fdr: float,
-    pseudocount: float, is_false: np.ndarray | None,
+    pseudocount: float, is_false: np.ndarray | None, size: str = "lfc_mean",
 ) -> pd.DataFrame:  # fmt: skip
     if "expected_fdp" not in table:
         table["expected_fdp"] = expected_fdp(table["probability"].to_numpy())
@@ -719,11 +726,7 @@ def _finish(
     table.attrs = {"delta": float(delta), "pseudocount": float(pseudocount), "fdp_interval": fdp}
     if "p_value" in table:
         return table.sort_values("p_value", kind="stable")
-    return table.sort_values(["probability", "lfc_mean"], ascending=False, key=_by_size)
-
-
-def _by_size(column: pd.Series) -> pd.Series:
-    return column.abs() if column.name == "lfc_mean" else column
+    return table.sort_values(["probability", size], ascending=False, key=abs)
 
 
 def _prior_effects(fit: Fit, pair: Comparison, worlds: list[Cells], pseudocount: float, seed: int) -> np.ndarray:
@@ -833,7 +836,8 @@ def _columns(
         if mixed:
             raise ValueError(
                 f'design: "{name}" has {mixed[0].nunique()} levels within one donor and group '
-                f"({listed(mixed[0].unique())}); a column of a design is one of samples"
+                f"({listed(mixed[0].unique())}; {len(mixed):,} of {len(samples):,} samples of donors have several); "
+                "a column of a design is one of samples"
             )
         value = np.array([str(s.iloc[0]) for s in samples])
         found.append((value[:, None] == np.unique(value)[1:]).astype(float))

@@ -1,7 +1,9 @@
 """Likelihoods: how counts scatter around their mean.
 
 Called as ``likelihood(mean, dispersion=None, hidden=None)`` with mean (..., n, G); answers a
-distribution with ``event_dim`` 1. One of your own is a class of a few lines:
+distribution with ``event_dim`` 1. With ``exposure=`` (n, 1), the mean is that of one unit of it: `models.poissonvi`
+hands over shares and totals like this, so that they need not be multiplied out. One of your own is a class of a few
+lines:
 
     class PoissonLikelihood(Part):
         def forward(self, mean, dispersion=None, hidden=None):
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
+from .distributions import NegativeBinomial, Poisson, Presence, ZeroInflatedNegativeBinomial
 from .errors import ProgramError
 from .parts import Part
 from .schema import Schema
@@ -31,11 +33,21 @@ def _needed(dispersion: Tensor | None, name: str) -> Tensor:
     return dispersion
 
 
+def _exposed(mean: Tensor, exposure: Tensor | None) -> Tensor:
+    return mean if exposure is None else exposure * mean
+
+
 class NBLikelihood(Part):
     """Negative binomial: variance mean + mean^2 / dispersion."""
 
-    def forward(self, mean: Tensor, dispersion: Tensor | None = None, hidden: Tensor | None = None) -> Any:
-        return NegativeBinomial(mean, _needed(dispersion, "NBLikelihood")).to_event(1)
+    def forward(
+        self,
+        mean: Tensor,
+        dispersion: Tensor | None = None,
+        hidden: Tensor | None = None,
+        exposure: Tensor | None = None,
+    ) -> Any:
+        return NegativeBinomial(_exposed(mean, exposure), _needed(dispersion, "NBLikelihood")).to_event(1)
 
 
 class ZINBLikelihood(Part):
@@ -57,7 +69,13 @@ class ZINBLikelihood(Part):
         else:
             self.gate_logits = nn.Parameter(torch.full((schema.n_genes,), -2.0))
 
-    def forward(self, mean: Tensor, dispersion: Tensor | None = None, hidden: Tensor | None = None) -> Any:
+    def forward(
+        self,
+        mean: Tensor,
+        dispersion: Tensor | None = None,
+        hidden: Tensor | None = None,
+        exposure: Tensor | None = None,
+    ) -> Any:
         if hasattr(self, "gate_logits"):
             gate = self.gate_logits
         elif hidden is None:
@@ -66,11 +84,35 @@ class ZINBLikelihood(Part):
             )
         else:
             gate = self.gate(hidden)
-        return ZeroInflatedNegativeBinomial(mean, _needed(dispersion, "ZINBLikelihood"), gate).to_event(1)
+        mean, dispersion = _exposed(mean, exposure), _needed(dispersion, "ZINBLikelihood")
+        return ZeroInflatedNegativeBinomial(mean, dispersion, gate).to_event(1)
 
 
 class PoissonLikelihood(Part):
     """Poisson: variance equal to the mean. Ignores dispersion and hidden layer."""
 
-    def forward(self, mean: Tensor, dispersion: Tensor | None = None, hidden: Tensor | None = None) -> Any:
-        return Poisson(mean).to_event(1)
+    def forward(
+        self,
+        mean: Tensor,
+        dispersion: Tensor | None = None,
+        hidden: Tensor | None = None,
+        exposure: Tensor | None = None,
+    ) -> Any:
+        return Poisson(mean, exposure=exposure).to_event(1)
+
+
+class BernoulliLikelihood(Part):
+    """For counts that were cut to 0 and 1: P(1) = 1 - exp(-mean), the mean that of the counts behind.
+
+    The same decoder then says what `PoissonLikelihood` would, learned from less; see `distributions.Presence`.
+    Ignores dispersion and hidden layer.
+    """
+
+    def forward(
+        self,
+        mean: Tensor,
+        dispersion: Tensor | None = None,
+        hidden: Tensor | None = None,
+        exposure: Tensor | None = None,
+    ) -> Any:
+        return Presence(mean, exposure=exposure).to_event(1)

@@ -1222,6 +1222,134 @@ class Fit:
 
         return scores(self, self._ready(cells), _whole("n_draws", n_draws, 2), seed)
 
+    def accessibility(
+        self,
+        cells: Cells | anndata.AnnData,
+        regions: str | Sequence[str] | None = None,
+        do: Mapping[str, Any] | None = None,
+        *,
+        factors: bool = False,
+        n_draws: int = 25,
+        interval: float | None = None,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """How open regions are in cells, without what a region has in all of them.
+
+        Parameters
+        ----------
+        regions : names; None for all
+        do : columns to set for decoding, as in `expression`
+        factors : whether to leave the region factors in; the answer is then ``rho``, shares of a cell's fragments
+        n_draws, interval, seed : as in `expression`
+
+        Returns
+        -------
+        DataFrame
+            (N, regions), cells in order: ``rho`` over the region's share of the fragments of all training cells
+            together (`RegionDecoder.profile`), so that 1 is a region as open as there. With ``interval`` columns are
+            (region, "mean" | "sd" | "lower" | "upper").
+
+        Raises
+        ------
+        ValueError
+            If a region or level is unknown, or the answer would not fit into memory.
+        ProgramError
+            If the story has no region factors and is asked for shares without them.
+
+        Notes
+        -----
+        The published model sets the decoder's last bias to zero instead. That depends on what training put into the
+        bias and what into the weights, of which only the sum is in the likelihood: two fits that say the same of every
+        fragment may differ in it. A ratio to what was counted does not.
+        """
+        from .accessibility import without_factors
+
+        if not isinstance(factors, (bool, np.bool_)):
+            raise TypeError(f"factors is True or False, not {factors!r}")
+        table = self.expression(cells, regions, do, n_draws=n_draws, interval=interval, seed=seed)
+        return table if factors else without_factors(self, table)
+
+    def differential_accessibility(
+        self,
+        cells: Cells | anndata.AnnData,
+        groupby: str | None = None,
+        group1: Any = None,
+        group2: Any = None,
+        *,
+        scale: str = "ratio",
+        delta: float | None = None,
+        library: float | None = None,
+        **options: Any,
+    ) -> pd.DataFrame:
+        """Which regions differ in accessibility between groups of cells, by how much, and how sure that is.
+
+        Parameters
+        ----------
+        groupby, group1, group2 : as in `differential_expression`
+        scale : "ratio" or "difference"
+            "ratio" is log2 of the groups' mean shares, group1 over group2. "difference" is that of the probabilities
+            that a cell with ``library`` fragments shows the region open, at least one fragment, group1 less group2:
+            it lies between -1 and 1.
+        delta : effect above which a region counts as different, on that scale; None takes it from the effects
+            themselves for ratios, 0.05 for differences
+        library : fragments of the cell that "difference" is about; None for the median of the cells that are compared
+        **options : ``estimand``, ``fdr``, ``n_draws``, ``interval``, ``resample``, ``residual``, ``shrink``,
+            ``batches``, ``donor``, ``seed`` and for ratios ``pseudocount``, ``design``, ``importance``: as in
+            `differential_expression`. Differences are of populations.
+
+        Returns
+        -------
+        DataFrame
+            One row a region, in order of probability. For ratios as `differential_expression`, with "is_da" for
+            "is_de". For differences "difference_mean", "difference_sd", "difference_median", "difference_lower",
+            "difference_upper", "difference_shrunk" (under the law that the regions share), "probability" of
+            |difference| > delta under that law, 0 where delta is 1 or more, its "log_odds", "expected_fdp", "is_da",
+            "open1" and "open2", the probabilities, and "share1", "raw_mean1", "detected1", ... as there.
+
+        Raises
+        ------
+        ValueError
+            As `differential_expression`, and if ``scale`` is unknown or an option is not for it.
+        """
+        from .accessibility import differences
+        from .effects import comparisons
+
+        if scale not in ("ratio", "difference"):
+            raise ValueError(f'scale must be "ratio" or "difference", not {scale!r}')
+        known = set(self.differential_expression.__kwdefaults__ or ()) - {"delta"}
+        if scale == "difference":
+            known -= {"pseudocount", "design", "importance"}
+        for name in options:
+            if name not in known:
+                raise TypeError(f'there is no option {name!r} for scale="{scale}".' + did_you_mean(name, known))
+        if scale == "ratio":
+            if library is not None:
+                raise ValueError('library is for scale="difference": ratios of shares need none')
+            table = self.differential_expression(cells, groupby, group1, group2, delta=delta, **options)
+            table.attrs["scale"] = "ratio"
+        else:
+            usual = dict(self.differential_expression.__kwdefaults__ or {})
+            given: dict[str, Any] = {name: usual[name] for name in known} | options
+            if given.pop("estimand") != "population":
+                raise ValueError('differences are of populations: estimand="population", or scale="ratio"')
+            if given["batches"] not in ("shared", "own"):
+                raise ValueError(f'batches must be "shared" or "own", not {given["batches"]!r}')
+            delta = 0.05 if delta is None else delta
+            _check_numbers(delta=delta, fdr=given["fdr"], interval=given["interval"], library=library)
+            if library is not None and not library > 0:
+                raise ValueError(f"library must be a positive number of fragments, not {library!r}")
+            given["n_draws"] = _whole("n_draws", given["n_draws"], 2)
+            for name in ("resample", "residual", "shrink"):
+                if not isinstance(given[name], (bool, np.bool_)):
+                    raise TypeError(f"{name} is True or False, not {given[name]!r}")
+            cells = self._ready(cells)
+            pairs = comparisons(cells, groupby, group1, group2)
+            self._require_rho_of_cells(cells)
+            table = differences(self, cells, pairs, delta=delta, library=library, **given)
+            table.attrs["groupby"] = groupby
+        table.index.name = "region"
+        return table.rename(columns={"is_de": "is_da"})
+
     def draws(
         self,
         site: str,

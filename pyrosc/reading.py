@@ -21,6 +21,7 @@ from .counts import CountMatrix, logger, read_counts
 from .schema import column_of, did_you_mean, listed
 
 _BARCODE = re.compile(r"[ACGT]{10,}([-_.]\w+)?$")
+_REGION = re.compile(r"[\w.]+[:_-]\d+[-_]\d+$")
 
 
 def where_of(layer: str | None) -> str:
@@ -86,6 +87,12 @@ def check_names(adata: anndata.AnnData, notes: list[str]) -> None:
         if len(kinds) > 1:
             what = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
             notes.append(f'adata.var["feature_types"] mixes {what}; one story sees them all alike. Choose with genes=')
+
+
+def are_regions(names: Any) -> bool:
+    """Whether most names are of regions of a genome, such as "chr1:10-510": many of them are the rule."""
+    looked = [str(name) for name in names[:200]]
+    return sum(bool(_REGION.match(name)) for name in looked) > 0.5 * len(looked)
 
 
 def chosen_genes(adata: anndata.AnnData, genes: Any) -> np.ndarray:

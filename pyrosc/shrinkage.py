@@ -92,8 +92,13 @@ class Shrunk:
         return (self.weight * special.ndtr(z)).sum(1)
 
     def probability(self, delta: float) -> np.ndarray:
-        """(G,) posterior probability of |effect| > delta."""
-        return np.clip(1 - self.cdf(delta) + self.cdf(-delta), 0.0, 1.0)
+        """(G,) posterior probability of |effect| > delta, each tail by itself: 0 where it is out of reach."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            above, below = (
+                np.where(self.scale > 0, special.ndtr(side / self.scale), side > 0)
+                for side in (self.loc - delta, -delta - self.loc)
+            )
+        return np.clip((self.weight * (above + below)).sum(1), 0.0, 1.0)
 
 
 def shrunk(estimate: np.ndarray, sd: np.ndarray, df: np.ndarray | float = np.inf) -> Shrunk:

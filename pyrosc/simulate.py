@@ -3,6 +3,7 @@
 `tissue` draws from a law close to the stories'. `bursts` and `shifted_groups` do not; they are for comparing groups.
 `subtle_types` is for labels: few and partly wrong ones, of types that differ less than other things do. `donors` is for
 samples that differ in some types of cells and not in others.
+`fragments` is for open chromatin: few regions open in a cell, some that differ in how much, and reads beside fragments.
 """
 
 from __future__ import annotations
@@ -477,6 +478,106 @@ def subtle_types(
             index=[f"gene{j}" for j in range(n_genes)],
         ),
         layers={"rho": rho.astype(np.float32)},
+    )
+
+
+def fragments(
+    n_cells: int = 2000,
+    n_regions: int = 5000,
+    n_types: int = 6,
+    *,
+    depth: float = 1000.0,
+    accessible: float = 0.08,
+    n_quantitative: int = 200,
+    highest: float = 6.0,
+    edge_losses: float = 0.15,
+    seed: int = 0,
+) -> anndata.AnnData:
+    """Fragments of open chromatin: Poisson about a cell's total times its type's shares of regions.
+
+        x[n, g]     ~ Poisson(library[n] * rho[c, g])              c the type of cell n
+        reads[n, g] = 2 x[n, g] - Bernoulli(edge_losses)           where x is above 0
+        library[n]  ~ LogNormal(log depth, 0.4)
+
+    Three kinds of regions, by the fragments that they have in a cell of median total: ``n_quantitative`` that are open
+    in every type, Uniform(0.5, ``highest``) by type; of the others a share ``accessible`` is open in each type, half of
+    these in all types, LogNormal(0, 0.5) by region times one number that makes the totals come out; the rest is closed
+    and shares a twentieth of the total evenly.
+
+    Parameters
+    ----------
+    depth : median total of fragments
+        About a fifth of n_regions or more keeps the open regions from being seen less than the quantitative ones.
+    accessible : share of regions open in a type, above 0 and below 1
+    n_quantitative : regions in which types differ by how many fragments, not by whether there are any
+    highest : most expected fragments of those in a cell of median total
+    edge_losses : probability that a region's fragments lose one read to an edge, 0 to 1
+
+    Returns
+    -------
+    AnnData
+        ``X`` CSR fragments (N, G), ``layers["reads"]`` likewise; ``obs``: "cell_type" and "library" (expected total);
+        ``varm["rho"]``: a DataFrame (G, types) of true shares; ``var["kind"]``: "quantitative", "open" (in some type)
+        or "closed". Regions are named "chr1:<start>-<end>".
+
+    Raises
+    ------
+    ValueError
+        If a size or share is out of range, or quantitative regions leave no fragments to the others.
+
+    Notes
+    -----
+    After the reads and fragments of Martens et al. 2024 (Nature Methods 21:28). Half of the reads, rounded up, are the
+    fragments again: `pyrosc.reads_to_fragments`.
+    """
+    _check_sizes(n_cells=n_cells, n_regions=n_regions, n_types=n_types)
+    if not 0 < accessible < 1:
+        raise ValueError(f"accessible is the share of regions open in a type, above 0 and below 1, not {accessible!r}")
+    if not 0 <= n_quantitative < n_regions:
+        raise ValueError(f"n_quantitative must be at least 0 and below n_regions={n_regions:,}, not {n_quantitative!r}")
+    if not 0 <= edge_losses <= 1:
+        raise ValueError(f"edge_losses is a probability, between 0 and 1, not {edge_losses!r}")
+    if not highest > 0.5:
+        raise ValueError(f"highest must be above 0.5 fragments, not {highest!r}")
+    draw = np.random.default_rng(seed)
+    order = draw.permutation(n_regions)
+    quantitative, others = order[:n_quantitative], order[n_quantitative:]
+    n_open = max(1, round(accessible * len(others)))
+    common, rest = others[: n_open // 2], others[n_open // 2 :]
+    rate = np.zeros((n_types, n_regions))
+    rate[:, quantitative] = draw.uniform(0.5, highest, (n_types, n_quantitative))
+    left = 0.95 * depth - rate.sum(1)
+    if left.min() <= 0:
+        raise ValueError(
+            f"n_quantitative={n_quantitative:,} regions have up to {rate.sum(1).max():.0f} fragments of a cell, and "
+            f"depth is {depth:g}: raise depth, or take fewer of them"
+        )
+    weight = draw.lognormal(0, 0.5, n_regions)
+    for t in range(n_types):
+        here = np.concatenate([common, draw.choice(rest, min(n_open - len(common), len(rest)), replace=False)])
+        rate[t, here] = left[t] * weight[here] / weight[here].sum()
+    is_open = (rate > 0).any(0)
+    rate += 0.05 * depth / n_regions
+    rho = rate / rate.sum(1, keepdims=True)
+
+    kind = draw.permutation(np.arange(n_cells) % n_types)
+    library = draw.lognormal(np.log(depth), 0.4, n_cells)
+    counts = draw.poisson(library[:, None] * rho[kind])
+    reads = 2 * counts - (draw.uniform(size=counts.shape) < edge_losses) * (counts > 0)
+
+    types = [f"type{t}" for t in range(n_types)]
+    names = [f"chr1:{1000 * j + 1}-{1000 * j + 500}" for j in range(n_regions)]
+    what = np.where(is_open, "open", "closed").astype(object)
+    what[quantitative] = "quantitative"
+    return anndata.AnnData(
+        X=sparse.csr_matrix(counts.astype(np.float32)),
+        obs=pd.DataFrame(
+            {"cell_type": pd.Categorical([types[t] for t in kind], categories=types), "library": library},
+            index=[f"cell{i}" for i in range(n_cells)],
+        ),
+        var=pd.DataFrame({"kind": what}, index=names),
+        varm={"rho": pd.DataFrame(rho.T, index=names, columns=types)},
+        layers={"reads": sparse.csr_matrix(reads.astype(np.float32))},
     )
 
 

@@ -40,15 +40,16 @@ from .dispersions import (
 from .errors import PyroscWarning
 from .labels import Classifier, LabelPrior, TypeNormal
 from .libraries import GivenLibrary, LatentLibrary, ObservedLibrary
-from .likelihoods import NBLikelihood, PoissonLikelihood, ZINBLikelihood
+from .likelihoods import BernoulliLikelihood, NBLikelihood, PoissonLikelihood, ZINBLikelihood
 from .loadings import HorseshoeLoadings, NonNegativeLoadings, NormalLoadings
-from .models import linear_scvi, mrvi, scanvi, scvi, shifted_samples
+from .models import linear_scvi, mrvi, poissonvi, scanvi, scvi, shifted_samples
 from .networks import Decoder, Encoder, LinearDecoder, LoadingsDecoder
 from .overlap import Landmarks
 from .parts import Part
 from .posterior import Fit
 from .priors import DISTRIBUTIONS, FlowPrior, MixturePrior, Prior, VampPrior
 from .program import Program
+from .regions import RegionDecoder
 from .samples import Archetypes, Directions, SampleEffects, SampleNormal
 from .schema import Schema, listed
 
@@ -63,6 +64,7 @@ STORIES: dict[str, tuple[Callable[..., None], Callable[..., None] | None]] = {
     "mrvi": (mrvi.model, mrvi.guide),
     "shifted_samples": (shifted_samples.model, shifted_samples.guide),
     "linear_scvi": (linear_scvi.model, linear_scvi.guide),
+    "poissonvi": (poissonvi.model, poissonvi.guide),
 }
 
 PARTS: dict[str, type[Part]] = {
@@ -73,6 +75,7 @@ PARTS: dict[str, type[Part]] = {
         NBLikelihood, ZINBLikelihood, PoissonLikelihood, Encoder, Decoder, LinearDecoder,
         LabelPrior, Classifier, TypeNormal, SampleEffects, Directions, Archetypes, SampleNormal,
         NormalLoadings, HorseshoeLoadings, NonNegativeLoadings, LoadingsDecoder,
+        BernoulliLikelihood, RegionDecoder,
     )
 }  # fmt: skip
 

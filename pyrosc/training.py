@@ -59,6 +59,7 @@ _LEARNED_STEPS = 1500
 # (240 epochs) cost 15 nats a held-out cell. So 600, and up to 1,200 as far as 60 epochs go.
 _GLOBAL_STEPS, _GLOBAL_EPOCHS = 600, 60
 _LABELLED = 256  # most labelled cells of a step, of whom the guide's factors are asked
+_CHECKED = 2**20  # dense values of a block on which model and guide are checked, by way of a dozen copies
 _SKIPS = 10  # steps in a row whose gradient is not finite
 _DEAD = 0.01  # variance over cells of a latent's posterior mean, below which it says nothing (Burda et al. 2016)
 
@@ -467,10 +468,11 @@ class _Run:
         self._find_labelled()
         self.program.set_training()
         self.good = self._weights()
-        first = self.train.rows(
-            torch.arange(min(len(self.train), self.given["batch_size"]), device=self.train.device), whole=False
+        first, few = (
+            self.train.rows(torch.arange(min(len(self.train), n), device=self.train.device), whole=False)
+            for n in (self.given["batch_size"], self._n_checked())
         )
-        self.program.check(first)
+        self.program.check(few)
         n_weights = sum(p.numel() for p in self.program.parameters())
         # Weights, gradients, two moments, best and last good copy; some 12 dense arrays of a step.
         memory = 4 * (6 * n_weights + 12 * len(first) * self.train.n_genes)
@@ -488,6 +490,10 @@ class _Run:
         seconds = 1.2 * step * self.total_steps  # optimiser and held-out cells add about a fifth
         self.settings["estimate"]["seconds"] = seconds
         logger.info("about %.0f s for %d steps, %.2f GB", seconds, self.total_steps, memory / 1e9)
+
+    def _n_checked(self) -> int:
+        """Cells of the validated run: a mini-batch, or fewer where one is large, as checks hold many dense copies."""
+        return min(self.given["batch_size"], max(2, _CHECKED // self.train.n_genes))
 
     # ---- the loop -----------------------------------------------------------------------------
 

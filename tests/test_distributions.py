@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from pyrosc.counts import carry, nonzeros
-from pyrosc.distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
+from pyrosc.distributions import NegativeBinomial, Poisson, Presence, ZeroInflatedNegativeBinomial
 
 mpmath.mp.dps = 40
 INF = float("inf")
@@ -343,3 +343,71 @@ def test_a_count_where_the_mean_is_zero_is_impossible():
     law = NegativeBinomial(torch.tensor([0.0, 0.0]), torch.tensor([1.0, 1.0]))
 
     assert law.log_prob(torch.tensor([0.0, 2.0])).tolist() == [0.0, -INF]
+
+
+# ---- presence ---------------------------------------------------------------------------------
+
+
+def test_presence_is_what_is_left_of_a_poisson_count():
+    mean = torch.tensor(10.0 ** np.arange(-12.0, 2.6, 0.5), dtype=torch.float64)
+    law = Presence(mean)
+    one, none = torch.ones_like(mean), torch.zeros_like(mean)
+
+    exact = [float(mpmath.log1p(-mpmath.exp(-mpmath.mpf(float(m))))) for m in mean]
+    np.testing.assert_allclose(law.log_prob(one), exact, rtol=1e-12)
+    np.testing.assert_allclose(law.log_prob(one)[:24], stats.poisson.logsf(0, mean)[:24], rtol=1e-10)
+    np.testing.assert_allclose(law.log_prob(none), stats.poisson.logpmf(0, mean), rtol=1e-12)
+    np.testing.assert_allclose(law.mean, -np.expm1(-mean.numpy()), rtol=1e-12)
+    np.testing.assert_allclose(law.variance, -np.expm1(-mean.numpy()) * np.exp(-mean.numpy()), rtol=1e-12)
+    np.testing.assert_allclose(law.cdf(none), stats.poisson.cdf(0, mean), rtol=1e-12)
+    assert float(law.cdf(one).min()) == 1
+    assert float(law.cdf(-one).max()) == 0
+
+
+def test_presence_is_exact_in_float32_where_the_plain_form_is_not():
+    mean = torch.tensor([1e-12, 1e-8, 1e-4, 0.5, 20.0])
+    exact = [float(mpmath.log(-mpmath.expm1(-mpmath.mpf(float(m))))) for m in mean]
+
+    np.testing.assert_allclose(Presence(mean).log_prob(torch.ones(5)), exact, rtol=1e-6)
+    assert not np.allclose((1 - (-mean).exp()).log(), exact, rtol=1e-2)  # the twin
+
+
+@pytest.mark.parametrize("law", [Poisson, Presence])
+@pytest.mark.parametrize("summed", [True, False])
+def test_slopes_at_non_zero_counts_are_those_of_finite_differences(law, summed):
+    g = torch.Generator().manual_seed(1)
+    x = torch.poisson(torch.full((4, 9), 0.7, dtype=torch.float64), generator=g)
+    x[0, 0] = 30.0
+    x = x.clamp(max=1) if law is Presence else x
+    mean = torch.rand(4, 9, generator=g, dtype=torch.float64).add_(0.1).requires_grad_()
+    total = torch.rand(4, 1, generator=g, dtype=torch.float64).add_(1.0).requires_grad_()
+
+    def density(rate, exposure):
+        made = law(rate, exposure=exposure)
+        return made.to_event(1).log_prob(x) if summed else made.log_prob(x)
+
+    assert torch.autograd.gradcheck(density, (mean, total))
+    assert torch.autograd.gradcheck(lambda m: law(m).to_event(int(summed)).log_prob(x), (mean,))
+
+
+@pytest.mark.parametrize("law", [Poisson, Presence])
+def test_an_exposure_multiplies_the_mean(law):
+    rate, exposure = torch.rand(3, 5), torch.tensor([[1.0], [10.0], [100.0]])
+    x = torch.tensor([[0.0, 1.0, 1.0, 0.0, 1.0]]).expand(3, 5)
+    one, other = law(rate, exposure=exposure), law(exposure * rate)
+
+    torch.testing.assert_close(one.log_prob(x), other.log_prob(x))
+    torch.testing.assert_close(one.mean, other.mean)
+    assert one.expand(torch.Size([2, 3, 5])).sample().shape == (2, 3, 5)
+    assert one.sample((4,)).shape == (4, 3, 5)
+    drawn = one.sample((4000,)).mean(0)
+    error = (one.variance / 4000).sqrt() + 1e-9
+    assert float(((drawn - one.mean) / error).abs().max()) < 5  # five standard errors of 15
+
+
+def test_presence_takes_zeros_and_ones():
+    with pyro.validation_enabled(True):
+        with pytest.raises(ValueError, match="support"):
+            Presence(torch.ones(2)).log_prob(torch.tensor([0.0, 2.0]))
+        with pytest.raises(ValueError, match="mean"):
+            Presence(torch.tensor(-1.0))

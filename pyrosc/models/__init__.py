@@ -10,6 +10,8 @@ scanvi  the state comes from the cell's type, known for some cells, and from how
         mixture over labels as the prior of scvi with the same classifier term (benchmarks/README.md).
 linear_scvi  log shares are linear in the state, so that each factor is a list of genes with intervals (`Fit.loadings`).
         To read programmes, at a small loss of held-out likelihood. Parts: those of scvi, and loadings.
+poissonvi  fragments of open chromatin in regions, Poisson about the cell's total times shares; each region has a
+        factor of its own. For scATAC, up to hundreds of thousands of regions. Parts: those of scvi.
 
 A story of your own is a function, ``Program(model, cells, ...)``; every part below fits it
 (tutorials/03_write_a_story.py):
@@ -62,6 +64,7 @@ likelihood, ``likelihood(mean, dispersion, hidden)``
     NBLikelihood()                UMI counts (default)
     ZINBLikelihood()              with extra zeros: read counts, or to check that there are none
     PoissonLikelihood()           no scatter beyond sampling: fragments of ATAC, or a null to compare with
+    BernoulliLikelihood()         for counts that were cut to 0 and 1: P(1) = 1 - exp(-mean)
 
 labels, what is known of a cell's type, ``labels(cells)`` and ``labels.evidence(cells)``
     LabelPrior()                  types as common as each other, labels taken for certain (default)
@@ -81,6 +84,7 @@ decoder, ``decoder(z, cells)``, and encoder, ``encoder(cells)``
     Decoder(), Encoder()          hidden layers; n_hidden, n_layers, dropout, norm="layer" or "batch"
     LinearDecoder()               log shares linear in z: loadings can be read, as estimates
     LoadingsDecoder()             the same with loadings of the story's own, decoder(z, cells, loadings)
+    RegionDecoder()               shares of very many regions, one dense block of a mini-batch at a time
     covariates="first", "deep", "norm" or False: batch and other columns joined to the first layer, to every
     layer, as shift and scale of the norm, or not seen. embedding=e for columns of many levels
 
