@@ -133,7 +133,25 @@ def witnessed(
     """
     factor, where = sample_factor(fit, cells), groups_of(cells, groupby)
     codes = cells.codes[factor.column].cpu().numpy()
-    rows = {group: _witnesses(planned, codes[here], least, group) for group, here in where.items()}
+    rows: dict[Any, np.ndarray] = {}
+    without: list[str] = []
+    for group, here in where.items():
+        rows[group] = _witnesses(planned, codes[here], least)
+        trouble = planned.trouble(rows[group])
+        if trouble:
+            without.append(f'"{group}" ({trouble})')
+    if len(without) == len(where):
+        raise ValueError(
+            f"design: no group can be judged: {'; '.join(without[:3])}. Name fewer columns, or lower least= "
+            f"(now {least})"
+        )
+    if without:
+        fit._warn(f"left out, as they cannot be judged: groups {'; '.join(without)}", depth=5)
+    where = {group: here for group, here in where.items() if not planned.trouble(rows[group])}
+    some = np.sort(np.concatenate(list(where.values())))
+    position = np.full(len(cells), -1)
+    position[some] = np.arange(len(some))
+    cells, codes, where = cells[some], codes[some], {group: position[here] for group, here in where.items()}
     decoded = profiles(fit, cells, groupby, None, most, n_draws, seed)
     unit = np.full(len(cells), len(where) * len(factor))  # of cells in no group or sample
     for k, here in enumerate(where.values()):
@@ -331,7 +349,9 @@ class Design:
         self.block = np.zeros(len(self.samples), dtype=int)
         if block is not None:
             self.block = pd.factorize(_by_sample(obs, block, codes, self.samples, factor))[0]
-        self.check(np.arange(len(self.samples)), "these cells")
+        trouble = self.trouble(np.arange(len(self.samples)))
+        if trouble:
+            raise ValueError(f"design: {trouble}: name fewer columns, or those that do not follow from each other")
 
     def fixed(self, rows: np.ndarray, without: list[int]) -> np.ndarray:
         """(D'', q) constant, blocks, and the columns besides ``without``."""
@@ -339,19 +359,15 @@ class Design:
         blocks = (self.block[rows, None] == np.unique(self.block[rows])).astype(float)
         return np.concatenate([blocks, self.matrix[rows][:, others]], 1)
 
-    def check(self, rows: np.ndarray, where: str) -> None:
-        """Whether every column can be told from the others in these samples, with samples to spare."""
+    def trouble(self, rows: np.ndarray) -> str:
+        """What keeps the columns from being judged in these samples; nothing where they can be."""
+        if len(rows) < 3:
+            return f"{len(rows)} samples with cells enough"
         whole = self.fixed(rows, [])
         rank = int(np.linalg.matrix_rank(whole))
-        if rank < whole.shape[1] and rank < len(rows):
-            raise ValueError(
-                f"design: columns of {listed(self.columns)} (and blocks) cannot be told apart in the {len(rows)} "
-                f"samples of {where}: one follows from the others. Leave one out"
-            )
-        if len(rows) - rank < 1:
-            raise ValueError(
-                f"design: {len(rows)} samples of {where} for {whole.shape[1]} numbers leave none to judge by"
-            )
+        if rank < whole.shape[1]:
+            return f"columns of {listed(self.columns)}, and blocks, cannot be told apart in its {len(rows)} samples"
+        return f"{len(rows)} samples for {rank} numbers leave none to judge by" if len(rows) == rank else ""
 
 
 def terms_of(design: str | Sequence[str]) -> list[str]:
@@ -455,17 +471,9 @@ def effects(
     return table
 
 
-def _witnesses(planned: Design, codes: np.ndarray, least: int, group: Any) -> np.ndarray:
+def _witnesses(planned: Design, codes: np.ndarray, least: int) -> np.ndarray:
     """Positions of the design's samples that have at least so many cells in a group."""
-    counts = np.array([(codes == s).sum() for s in planned.samples])
-    rows = np.flatnonzero(counts >= least)
-    if len(rows) < 3:
-        raise ValueError(
-            f'group "{group}" has {len(rows)} samples with at least {least} cells, too few to compare: lower least=, '
-            "or leave the group out"
-        )
-    planned.check(rows, f'group "{group}"')
-    return rows
+    return np.flatnonzero([(codes == s).sum() >= least for s in planned.samples])
 
 
 def _contrast(

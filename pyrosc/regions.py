@@ -126,11 +126,13 @@ class RegionDecoder(Decoder):
         sums = cells.gene_sums().counts + 0.1
         self.profile.copy_(sums / sums.sum())
 
-    def forward(self, z: Tensor, cells: Cells) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, cells: Cells, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x = cells.x if torch.is_grad_enabled() and cells.has_counts and z.dim() == 2 else None
         found = None if x is None else carried(x)
-        if not self.is_share or found is None or found.mask is not None or x is None or x.shape[0] != z.shape[0]:
-            return super().forward(z, cells)
+        if found is None or found.mask is not None or x is None or x.shape[0] != z.shape[0]:
+            return super().forward(z, cells, offset)
+        if not self.is_share or offset is not None:
+            return super().forward(z, cells, offset)
         hidden = self.layers(z, self.covariates(cells) if self.covariates else None)
         shares, logs = _Shares.apply(hidden, self.out.weight, self.out.bias, found)
         return carry_logs(shares, found, logs), hidden

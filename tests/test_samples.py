@@ -28,7 +28,9 @@ def _fit(program, cells, **options):
 
 def _donors(seed=0):
     """Eight donors who differ in type0; type3 is not found in the first four of them, who are "young"."""
-    adata = simulate.donors(1600, 200, 4, 8, n_active=1, n_module=15, fold=3.0, depth=1000, n_markers=20, seed=seed)
+    adata = simulate.donors(
+        1600, 200, 4, 8, n_active=1, n_module=15, fold=3.0, depth=1000, n_markers=20, effect=1.5, seed=seed
+    )
     number = adata.obs["donor"].cat.codes.to_numpy()
     adata = adata[~((adata.obs["cell_type"] == "type3") & (number < 4)).to_numpy()].copy()
     number = adata.obs["donor"].cat.codes.to_numpy()
@@ -197,7 +199,8 @@ def test_parts_can_be_swapped_and_a_file_keeps_them(few, tmp_path):
 
     assert again.program.parts["effects"].arguments == fit.program.parts["effects"].arguments
     np.testing.assert_array_equal(again.sample_states(few, 3), fit.sample_states(few, 3))
-    assert len(fit.history) == 2 and not any(name.startswith("program") for name in pyro.get_param_store())
+    assert len(fit.history) == 2
+    assert not any(name.startswith("program") for name in pyro.get_param_store())
 
 
 def test_a_fit_takes_as_many_steps_as_effects_need(few):
@@ -276,8 +279,10 @@ def test_a_tree_is_scipys(fitted):
     square = pyrosc.sample_matrix(table, "type0")
     tree, names = pyrosc.sample_tree(table, "type0")
 
-    assert (square.to_numpy() == square.to_numpy().T).all() and (np.diag(square) == 0).all()
-    assert names == list(fit.schema.sample.levels) and tree.shape == (7, 4)
+    assert (square.to_numpy() == square.to_numpy().T).all()
+    assert (np.diag(square) == 0).all()
+    assert names == list(fit.schema.sample.levels)
+    assert tree.shape == (7, 4)
     with pytest.raises(ValueError, match="several groups: name one"):
         pyrosc.sample_matrix(table)
     with pytest.raises(ValueError, match="not in the table"):
@@ -286,14 +291,19 @@ def test_a_tree_is_scipys(fitted):
 
 def test_effects_of_a_covariate_cover_the_truth_and_calls_are_of_genes_that_move(fitted):
     adata, cells, fit = fitted
-    table = fit.sample_effects(cells, "age_group", "cell_type", n_permutations=200)
+    some = cells[np.flatnonzero((cells.obs["cell_type"] != "type3").to_numpy())]  # which the young have not
+    table = fit.sample_effects(some, "age_group", "cell_type", n_permutations=200)
     effects = adata.uns["effects"]["type0"]
     young = [f"donor{d}" for d in range(4)]
     truth = effects.loc[young].mean() - effects.drop(young).mean()
 
     own = table[table["group"] == "type0"].join(truth.rename("truth"))
     inside = (own["lfc_lower"] <= own["truth"]) & (own["truth"] <= own["lfc_upper"])
-    assert 0.83 <= inside.mean() <= 0.97  # 200 genes at 90 %: sd 0.021, three of them, as donors' modules are shared
+    # 200 genes at 90 %: sd 0.021, three of them. Above it as a rule: intervals are about the donors these are drawn
+    # from, and hold how they differ in other ways than by age.
+    assert inside.mean() >= 0.837
+    called = own[own["is_de"]]
+    assert (called["truth"].abs() > 0.3).all()
     assert (table["contrast"] == "age_group: young").all()
     assert np.corrcoef(own["lfc_mean"], own["truth"])[0, 1] > 0.8
     assert not table[table["group"].isin(["type1", "type2"])]["is_de"].any()
@@ -378,7 +388,8 @@ def test_slopes_are_those_of_least_squares():
     by_hand = np.linalg.lstsq(np.column_stack([x, fixed]), y, rcond=None)[0][0]
 
     np.testing.assert_allclose(slope, by_hand, rtol=1e-9)
-    assert (error > 0).all() and (df >= 7).all()
+    assert (error > 0).all()
+    assert (df >= 7).all()
 
 
 def test_samples_are_exchanged_within_blocks_alone():
@@ -397,8 +408,9 @@ def test_pairs_are_compared_within_their_block(fitted):
 
     assert list(own["group"]) == ["type0", "type1", "type2"]
     assert (own["p_value"] >= 1 / 16).all()  # four pairs have 16 orders, of which two are as they are but for the sign
-    with pytest.raises(ValueError, match="cannot be told apart in the 4 samples"):
-        fit.sample_tests(cells, "age_group", "cell_type")
+    with pytest.warns(PyroscWarning, match=r'left out.*"type3" \(columns of "age_group".*its 4 samples'):
+        every = fit.sample_tests(cells, "age_group", "cell_type", n_permutations=20)
+    assert list(every["group"]) == ["type0", "type1", "type2"]
 
 
 @pytest.mark.parametrize(
@@ -434,9 +446,9 @@ def test_a_design_needs_samples_to_judge_by(fitted):
     adata, cells, fit = fitted
     few = cells[np.flatnonzero(np.isin(adata.obs["donor"], ["donor0", "donor5"]))]
 
-    with pytest.raises(ValueError, match="leave none to judge by"):
+    with pytest.raises(ValueError, match="2 samples with cells enough"):
         Design(fit.schema.sample, few, "age", None)
-    with pytest.raises(ValueError, match="too few to compare: lower least="):
+    with pytest.raises(ValueError, match=r"no group can be judged.*lower least= \(now 30\)"):
         fit.sample_effects(cells[:60], "age_group", "cell_type", least=30)
     with pytest.raises(ValueError, match="two of each at least"):
         fit.differential_abundance(few, "age_group", "young")
@@ -470,5 +482,7 @@ def test_terms_of_the_bound_are_finite_and_the_state_is_watched(few):
     with program.driven(0), torch.no_grad():
         terms = elbo_terms(program, few)
 
-    assert program.state_site == "u" and terms.z_mean.shape == (40, 3)
-    assert set(terms.global_kl) == {"effect_sd", "sample_effect", "directions"} and set(terms.local_kl) == {"u"}
+    assert program.state_site == "u"
+    assert terms.z_mean.shape == (40, 3)
+    assert set(terms.global_kl) == {"effect_sd", "sample_effect", "directions"}
+    assert set(terms.local_kl) == {"u"}
