@@ -23,7 +23,8 @@ from torch import Tensor
 
 from .cells import Cells
 from .counts import logger
-from .draws import draw_guide, run_model
+from .draws import draw_guide, run_model, sites_of
+from .elbo import in_cells
 from .errors import ProgramError
 from .labels import Classifier
 from .libraries import LatentLibrary
@@ -370,14 +371,21 @@ def _decoded(fit: Fit, block: Cells) -> tuple[Tensor, Tensor]:
 
 
 def _at_mean(program: Program, guide: poutine.Trace, block: Cells) -> Any:
-    """A run of the model along the guide's, with z at its mean where that has a closed form."""
-    site: Any = guide.nodes.get("z")
-    if site is None:
+    """A run of the model along the guide's, with the state at its mean where that has a closed form.
+
+    Likewise what it computes the state from.
+    """
+    if program.state_site not in guide.nodes:
         raise ProgramError(f'{program.story} has no "z" of each cell to go by')
-    try:
-        site["value"] = site["fn"].mean
-    except NotImplementedError:
-        pass
+    names = [program.state_site]
+    if "z" in program.computed:
+        names += [name for name in sites_of(guide) if not in_cells(guide.nodes[name])]
+    for name in names:
+        site: Any = guide.nodes[name]
+        try:
+            site["value"] = site["fn"].mean
+        except NotImplementedError:
+            pass
     model = run_model(program, guide, block, None)
     if "rho" not in model.nodes:
         raise ProgramError(f'{program.story} has no site "rho", the share of each gene, to go by')

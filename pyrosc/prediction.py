@@ -67,7 +67,8 @@ def _numbers(law: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             f"counts of {type(law).__name__} have no noise that another world could share; those of NegativeBinomial, "
             'ZeroInflatedNegativeBinomial and Poisson have. Draw them anew: noise="new"'
         )
-    full = [law._full(name).detach().cpu().double().numpy() for name in law._names]
+    parameters = [law.mean] if isinstance(law, Poisson) else [law._full(name) for name in law._names]
+    full = [p.detach().cpu().double().numpy() for p in parameters]
     mean = full[0]
     size = full[1] if len(full) > 1 else np.full_like(mean, np.inf)
     extra = special.expit(full[2]) if len(full) > 2 else np.zeros_like(mean)

@@ -59,6 +59,9 @@ class SampleEffects(Part):
         Only differences of effects show in counts; what all samples have in common is then the state's.
     """
 
+    prior_sd: Tensor  # (M,)
+    n_reference: Tensor  # ()
+
     def __init__(
         self, n_archetypes: int = 6, n_effect: int | None = 20, scale: float = 1.0, *, centred: bool = True
     ) -> None:
@@ -82,6 +85,8 @@ class SampleEffects(Part):
     def build(self, schema: Schema, sizes: Mapping[str, int], parts: Mapping[str, nn.Module]) -> None:
         self.shape = _shape(schema, sizes, "SampleEffects")
         self.register_buffer("prior_sd", torch.full((self.shape[1],), self.arguments["scale"]))
+        # Samples that are mapped onto a fit come after its own, whose mean stays the one that effects are about.
+        self.register_buffer("n_reference", torch.tensor(self.shape[0]))
 
     def forward(self) -> Tensor:
         sd = pyro.sample("effect_sd", dist.HalfNormal(self.prior_sd).to_event(1))
@@ -90,7 +95,10 @@ class SampleEffects(Part):
 
     def used(self, effect: Tensor) -> Tensor:
         """(..., D, M, K) effects as they act: about their mean over samples, where they are centred."""
-        return effect - effect.mean(-3, keepdim=True) if self.arguments["centred"] else effect
+        if not self.arguments["centred"]:
+            return effect
+        is_own = (torch.arange(effect.shape[-3], device=effect.device) < self.n_reference).to(effect)
+        return effect - (effect * is_own[:, None, None]).sum(-3, keepdim=True) / self.n_reference
 
     def at(self, effect: Tensor, shares: Tensor | None, cells: Cells) -> Tensor:
         """(..., n, K) how far these cells are moved, of shares (..., n, M) of archetypes; None for a single one."""

@@ -14,6 +14,7 @@ from pyro import poutine
 from scipy import stats
 
 import pyrosc
+import pyrosc.mapping
 from pyrosc import Cells, PyroscWarning, simulate
 from pyrosc.between_samples import Design, _orders, _residual, _t, permanova, terms_of
 from pyrosc.elbo import elbo_terms
@@ -345,6 +346,22 @@ def test_more_cells_of_a_type_are_found_where_they_are(fitted):
     assert allowed.loc[is_three, young].to_numpy().mean() < 0.1
     assert allowed.loc[is_three].drop(columns=young).to_numpy().mean() > 0.85
     assert allowed.loc[~is_three].to_numpy().mean() > 0.85
+
+
+def test_mapping_new_donors_leaves_what_is_said_of_the_others():
+    adata = simulate.donors(400, 60, 3, 4, n_active=1, n_module=8, n_markers=10)
+    is_new = (adata.obs["donor"] == "donor3").to_numpy()
+    cells = Cells.from_anndata(adata[~is_new].copy(), sample="donor")
+    fit = _fit(pyrosc.mrvi(cells, n_latent=3), cells, epochs=5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PyroscWarning)
+        found = fit.map(adata[is_new].copy(), epochs=3, progress=False)
+
+    assert pyrosc.mapping.drift(fit, found, cells) == {"latent": 0.0, "expression": 0.0}
+    moved = found.program.parts["posterior"].loc.detach()
+    assert moved.shape[0] == 4
+    assert float(moved[3].abs().max()) > 0  # the new donor's own effects are learned
+    assert np.isfinite(found.latent(adata[is_new].copy())).all()
 
 
 # ---- the tests are tests ----------------------------------------------------------------------

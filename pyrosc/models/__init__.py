@@ -8,6 +8,11 @@ scanvi  the state comes from the cell's type, known for some cells, and from how
         To name cells by a few labels, and new cells by a reference (``fit.map``). Parts: those of scvi (the prior is
         that of the variation within types), labels, classifier, state, within. It told simulated types better than a
         mixture over labels as the prior of scvi with the same classifier term (benchmarks/README.md).
+mrvi    samples (donors) move the expression of a cell, some kinds of cells more than others; the state is free of them.
+        To ask which samples differ, in which cells, by what. Parts: those of scvi (the prior is that of u), effects,
+        directions, archetypes, posterior.
+shifted_samples  every cell of a sample is moved alike: the plain hierarchy of states. Its effects hold composition as
+        much as state. Parts: those of scvi, effects, posterior.
 linear_scvi  log shares are linear in the state, so that each factor is a list of genes with intervals (`Fit.loadings`).
         To read programmes, at a small loss of held-out likelihood. Parts: those of scvi, and loadings.
 poissonvi  fragments of open chromatin in regions, Poisson about the cell's total times shares; each region has a
@@ -74,6 +79,11 @@ labels, what is known of a cell's type, ``labels(cells)`` and ``labels.evidence(
 classifier, ``classifier(z)``; state and within, ``state(u, y)`` and ``within(z, y)``
     Classifier(weight=20)         log odds of types from the state; how much known labels count in training
     TypeNormal()                  a normal by type, from a small network
+
+effects, how far a sample moves the archetypes, ``effects()`` and ``effects.at(effect, shares, cells)``; directions,
+what that does to genes; archetypes, a cell's shares of them; posterior, the guide of all
+    SampleEffects(6, 20)          six archetypes, twenty directions; n_archetypes=1 moves all cells of a sample alike
+    Directions(sd)                Archetypes()      SampleNormal()
 
 loadings, what each factor of a linear decoder does to each gene, ``loadings()``
     HorseshoeLoadings(n)          few genes move with a factor, about n of them (default: 5 %); unused factors end at 0
