@@ -31,7 +31,7 @@ from .posterior import Fit
 from .priors import FlowPrior, MixturePrior, Prior, VampPrior
 from .program import Program
 from .regions import RegionDecoder
-from .samples import Archetypes, Directions, SampleEffects, SampleNormal
+from .samples import Archetypes, Directions, SampleEffects, SampleEncoder, SampleNormal
 from .schema import Schema
 from .store import load
 from .training import fit
@@ -81,6 +81,7 @@ __all__ = [  # noqa: RUF022
     "SampleEffects",
     "Directions",
     "Archetypes",
+    "SampleEncoder",
     "SampleNormal",
     "NBLikelihood",
     "ZINBLikelihood",

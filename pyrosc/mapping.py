@@ -162,6 +162,10 @@ def _made(reference: Fit, program: Program, cells: Cells, train: str) -> Program
     made.entries = entries if train == "surgery" else {}
     has_labels = cells.schema.label is not None and bool((cells.label >= 0).any())
     for own in made.parts.values():
+        meet = getattr(own, "meet", None)
+        if meet is not None:
+            with torch.no_grad():
+                meet(cells)
         if isinstance(own, Classifier) and train == "all" and has_labels:
             own.__dict__["started"] = False  # of these cells other shares are labelled
     return made

@@ -171,12 +171,15 @@ class Layer(nn.Module):
         self.norm = None if norm is None else Norm(norm, n_hidden, n_conditions)
         self.dropout = dropout
 
-    def forward(self, values: Tensor, beside: Tensor | None, conditions: Tensor | None) -> Tensor:
-        """``beside`` are columns beside the values, ``conditions`` those that move the norm."""
+    def forward(
+        self, values: Tensor, beside: Tensor | None, conditions: Tensor | None, less: Tensor | None = None
+    ) -> Tensor:
+        """``beside`` are columns beside the values, ``conditions`` those that move the norm; ``less`` is taken off."""
         if isinstance(self.linear, GeneLinear):
             hidden = self.linear(values, beside)
         else:
             hidden = joined(self.linear, values, beside)
+        hidden = hidden if less is None else hidden - less
         hidden = hidden if self.norm is None else self.norm(hidden, conditions)
         return nn.functional.dropout(hidden.relu(), self.dropout, self.training)
 
@@ -209,10 +212,11 @@ class Layers(nn.ModuleList):
     def _joins(self, i: int) -> bool:
         return self.way == "deep" or (self.way == "first" and i == 0)
 
-    def forward(self, values: Tensor, covariates: Tensor | None) -> Tensor:
+    def forward(self, values: Tensor, covariates: Tensor | None, less: Tensor | None = None) -> Tensor:
+        """``less`` (n, n_hidden) is taken off what the first linear map makes of the values."""
         for i, layer in enumerate(self):
             beside = covariates if self._joins(i) else None
-            values = layer(values, beside, covariates if self.way == "norm" else None)
+            values = layer(values, beside, covariates if self.way == "norm" else None, None if i else less)
         return values
 
 
@@ -301,9 +305,10 @@ class Encoder(Part):
 
     def read(self, cells: Cells) -> Tensor:
         """(n, n_hidden) last hidden layer for these cells; computed once in a run of the guide."""
-        return cells.once(
-            self, lambda: self.features(cells.log1p(), self.covariates(cells) if self.covariates else None)
-        )
+        return cells.once(self, lambda: self._read(cells))
+
+    def _read(self, cells: Cells) -> Tensor:
+        return self.features(cells.log1p(), self.covariates(cells) if self.covariates else None)
 
     def moments(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """(loc, scale), each (..., n, K), from the last hidden layer."""

@@ -8,6 +8,9 @@ left out:
     build(schema, sizes, parts)  makes what depends on the data's genes and levels, and on other parts
     link(parts)                  takes references to other parts; renewed whenever one is replaced
     start(cells)                 sets values from data, once, before the first fit
+    meet(cells)                  sets those of levels that cells mapped onto a fit bring along
+    steps, warmup                how many steps a fit takes by default, and the share of them over which the KL weight
+                                 rises, where it needs more than others
     arguments                    what it was made with (JSON, and parts), so that a Fit can be saved
 
 ``Part`` has them all, doing nothing.

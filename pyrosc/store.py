@@ -50,7 +50,7 @@ from .posterior import Fit
 from .priors import DISTRIBUTIONS, FlowPrior, MixturePrior, Prior, VampPrior
 from .program import Program
 from .regions import RegionDecoder
-from .samples import Archetypes, Directions, SampleEffects, SampleNormal
+from .samples import Archetypes, Directions, SampleEffects, SampleEncoder, SampleNormal
 from .schema import Schema, listed
 
 _MEMBER = "members."  # before the names of an ensemble's tensors
@@ -73,7 +73,7 @@ PARTS: dict[str, type[Part]] = {
         Prior, MixturePrior, VampPrior, FlowPrior, ObservedLibrary, GivenLibrary, LatentLibrary,
         GeneDispersion, BatchDispersion, LabelDispersion, CellDispersion, NoDispersion, InverseSqrtPrior, TrendPrior,
         NBLikelihood, ZINBLikelihood, PoissonLikelihood, Encoder, Decoder, LinearDecoder,
-        LabelPrior, Classifier, TypeNormal, SampleEffects, Directions, Archetypes, SampleNormal,
+        LabelPrior, Classifier, TypeNormal, SampleEffects, Directions, Archetypes, SampleEncoder, SampleNormal,
         NormalLoadings, HorseshoeLoadings, NonNegativeLoadings, LoadingsDecoder,
         BernoulliLikelihood, RegionDecoder,
     )

@@ -60,6 +60,7 @@ _LEARNED_STEPS = 1500
 _GLOBAL_STEPS, _GLOBAL_EPOCHS = 600, 60
 _LABELLED = 256  # most labelled cells of a step, of whom the guide's factors are asked
 _CHECKED = 2**20  # dense values of a block on which model and guide are checked, by way of a dozen copies
+_WARMUP = 0.3  # of the steps
 _SKIPS = 10  # steps in a row whose gradient is not finite
 _DEAD = 0.01  # variance over cells of a latent's posterior mean, below which it says nothing (Burda et al. 2016)
 
@@ -73,7 +74,7 @@ def fit(
     lr: float = 1e-2,
     global_lr: float | None = None,
     schedule: str = "cosine",
-    warmup: float = 0.3,
+    warmup: float | None = None,
     validation: float | Sequence[int] | None = 0.1,
     patience: int | None = 15,
     weight_decay: float | None = None,
@@ -98,6 +99,7 @@ def fit(
         One number has to travel its whole way in as many steps as networks need for a refinement.
     schedule : "cosine" (rises over the first 5 % of the steps, then falls to zero) or "constant"
     warmup : fraction of the steps, in [0, 1), over which the KL weight rises to 1
+        None takes 0.3, or what a part of the story asks for (`SampleNormal`: 0.6)
     validation : share of cells held out, or their positions; None for none
         Held-out cells choose the best epoch and are never trained on. With global sites the last epoch
         is taken, as a choice by held-out cells would shift their posterior.
@@ -151,6 +153,8 @@ def fit(
     if not isinstance(program, Program):
         raise TypeError(f"fit() takes a Program first, such as pyrosc.scvi(cells), not {type(program).__name__}")
     seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else checked_seed(seed)
+    if warmup is None:
+        warmup = max((float(getattr(part, "warmup", 0.0)) for part in program.parts.values()), default=0.0) or _WARMUP
     if global_lr is None:
         global_lr = min(10 * lr, 1.0) if isinstance(lr, numbers.Real) else lr
     _check_arguments(epochs, batch_size, lr, global_lr, schedule, warmup, patience, weight_decay, clip_norm, ensemble)

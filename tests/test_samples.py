@@ -211,6 +211,22 @@ def test_a_fit_takes_as_many_steps_as_effects_need(few):
     assert len(fit.history) == 600 == fit.settings["epochs"]  # 2,000 steps, of at most 600 epochs
 
 
+def test_the_encoder_reads_counts_less_what_the_sample_has(few):
+    program = pyrosc.mrvi(few, n_latent=3)
+    encoder = program.parts["encoder"]
+    program.start(few)
+    logs = few.x.log1p()
+    means = torch.stack([logs[few.sample == d].mean(0) for d in range(4)])
+    by_hand = logs - (means - means.mean(0))[few.sample]
+    with torch.no_grad():
+        features = encoder.features(by_hand)
+
+        torch.testing.assert_close(encoder.read(few), features, rtol=1e-4, atol=1e-4)
+        stranger = few[:5].do(donor="donor1")
+        stranger.codes["donor"][:] = -1
+        torch.testing.assert_close(encoder.read(stranger), encoder.features(logs[:5]), rtol=1e-4, atol=1e-4)
+
+
 # ---- what is found --------------------------------------------------------------------------
 
 

@@ -12,7 +12,8 @@
 
 d(n) is the sample of cell n; effects are taken about their mean over samples. z[n] = (u[n], shift[n]) is the state of
 the cell in its sample, and what the cell would be in another sample is its u with that sample's effects. The guide is
-q(u | x) = Normal(m(log1p x), s(log1p x)) and a mean-field normal of effects and directions.
+q(u | x, d) = Normal(m(y), s(y)), for y[n] = log1p x[n] less what sample d(n) has more of in all its cells, and a
+mean-field normal of effects and directions.
 
 After Boyeau et al. 2022 (bioRxiv 2022.10.04.510898, MrVI), whose effects of samples come from an attention network, as
 points, and are decoded by weights without a prior. Here the attention is a cell's shares of a few archetypes, and
@@ -32,10 +33,10 @@ from ..cells import Cells
 from ..dispersions import GeneDispersion
 from ..libraries import GivenLibrary, ObservedLibrary
 from ..likelihoods import NBLikelihood
-from ..networks import Decoder, Encoder
+from ..networks import Decoder
 from ..priors import Prior
 from ..program import Program, require_cells
-from ..samples import Archetypes, Directions, SampleEffects, SampleNormal
+from ..samples import Archetypes, Directions, SampleEffects, SampleEncoder, SampleNormal
 
 
 def model(
@@ -146,6 +147,6 @@ def mrvi(
         decoder=Decoder(n_latent, n_hidden, n_layers),
         likelihood=NBLikelihood(),
         posterior=SampleNormal(),
-        encoder=Encoder(n_latent, n_hidden, n_layers, dropout),
+        encoder=SampleEncoder(n_latent, n_hidden, n_layers, dropout),
     )
     return Program(model, cells, guide, seed=seed, **(defaults | parts))
