@@ -17,7 +17,8 @@ Parts (``--part``), each row written as soon as it is there; an interrupted run 
              donors (block="donor", fdr 0.05) and of 100 permuted conditions, "among samples" (8 of the 16, no block)
              and "within donors" (swapped in some, block="donor"); permuted ones are never the condition or its mirror,
              and are judged by 200 permutations instead of 1,000. Lane equals condition in these data, so the true
-             condition is a positive control of the machinery and nothing more. A seed is that of the fit.
+             condition is a positive control of the machinery and nothing more. Beside: paired t-tests of pseudobulks
+             (donors with 5 cells in both), Benjamini-Hochberg. A seed is that of the fit.
 
 Arms of truth:
 
@@ -32,7 +33,8 @@ Beside the p-values: the rule of MRVI's `differential_expression(sample_cov_keys
 the same covariates, as the share of cells of a type (40 of each, at random) with p below 0.05.
 
 A covariate drawn at random gives uniform p-values under any story, as it is itself a permutation: those p-values check
-the code. The clades can fail by the story: what is true of an active type must not show in the others.
+the code. The clades can fail by the story: what is true of an active type must not show in the null types, nor in the
+other active type, whose tree is drawn for itself.
 
 Lines, fixed before the first run:
 
@@ -79,6 +81,7 @@ SEEDS = {"truth": 3, "null": 3, "none": 100, "kang": 1}
 N_RANDOM, N_CELLS_TESTED, N_COMPONENTS, TWIN_EVERY = 20, 40, 5, 5
 N_PERMUTED, N_PERMUTED_PEER = 100, 20
 AMONG, WITHIN = "among samples", "within donors"
+NOWHERE, OTHER, OWN = "null types", "active types, of no part in it", "its own type (has to be told)"
 MONOCYTES = ("CD14 Mono", "CD16 Mono")
 # Induced by interferon in every textbook; those that are among the 2,000 genes count.
 INDUCED = (
@@ -213,6 +216,21 @@ def by_pseudobulk(data: Any, sample: str, kinds: list[str], arm: str) -> Distanc
         else:
             found[kind] = squareform(pdist(y)) / np.sqrt(y.shape[1])
     return found
+
+
+def paired_t(data: Any, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """(G,) whether a gene is called at 0.05 (Benjamini and Hochberg) by paired t-tests of pseudobulks, and its log2
+    fold change."""
+    samples = data.obs.drop_duplicates("sample").set_index("sample").sort_index()
+    y = pd.DataFrame(pseudobulks(data, "sample", kind), index=samples.index)
+    n_cells = data.obs.loc[data.obs["cell_type"] == kind, "sample"].value_counts()
+    y = y[(n_cells.reindex(y.index) >= 5).to_numpy()]
+    by = {c: y[(samples.loc[y.index, "condition"] == c).to_numpy()] for c in ("ctrl", "stim")}
+    by = {c: one.set_index(samples.loc[one.index, "donor"].astype(str).to_numpy()) for c, one in by.items()}
+    both = by["ctrl"].index.intersection(by["stim"].index)
+    gap = (by["stim"].loc[both] - by["ctrl"].loc[both]).to_numpy()
+    p = stats.ttest_1samp(gap, 0.0).pvalue
+    return stats.false_discovery_control(np.nan_to_num(p, nan=1.0)) <= 0.05, gap.mean(0)
 
 
 # ---- scvi-tools, in a process of its own -----------------------------------------------------------------------------
@@ -387,6 +405,15 @@ def of_kang(seed: int, given: argparse.Namespace, out: Table) -> None:
         row["agree"] = {k: int(max((s == truth).sum(), (s != truth).sum())) for k, s in sides.items()}
         out.add(row | {"n_samples": len(truth)})
 
+    if not out.has(**about, what="pseudobulk t"):
+        row = about | {"what": "pseudobulk t", "calls": {}, "known": {}, "lfc": {}}
+        for k in MONOCYTES:
+            called, lfc = paired_t(data, k)
+            known = data.var_names.isin(INDUCED)
+            row["calls"][k] = int(called.sum())
+            row["known"][k] = [int((called & (lfc > 0) & known).sum()), int(known.sum())]
+            row["lfc"][k] = float(lfc[known].mean())
+        out.add(row)
     names = ["condition", *[f"{kind} {j}" for j in range(N_PERMUTED) for kind in (WITHIN, AMONG)]]
     left = [name for name in names if not out.has(**about, what="effects", covariate=name)]
     if left:
@@ -401,11 +428,12 @@ def of_kang(seed: int, given: argparse.Namespace, out: Table) -> None:
                 row["agree"] = int(max((code == truth).sum(), (code != truth).sum()))
                 row["calls"] = {k: int(table[table["group"] == k]["is_de"].sum()) for k in MONOCYTES}
                 if name == "condition":
-                    row |= {"delta": table.attrs["delta"], "known": {}, "large": {}}
+                    row |= {"known": {}, "large": {}, "lfc": {}, "decoded": {}}
                     for k in MONOCYTES:
                         mine = table[table["group"] == k]
                         known = mine[mine.index.isin(INDUCED)]
                         row["known"][k] = [int((known["is_de"] & (known["lfc_mean"] > 0)).sum()), len(known)]
+                        row["lfc"][k], row["decoded"][k] = map(float, known[["lfc_mean", "lfc_decoded"]].mean())
                         row["large"][k] = int((mine["is_de"] & (mine["probability"] > 0.95)).sum())
                 out.add(row)
     for j, name in enumerate(asked if given.peer else []):
@@ -423,12 +451,18 @@ def band(n: int) -> tuple[int, int]:
     return int(low), int(high)
 
 
-def p_values(rows: Rows, start: str) -> tuple[np.ndarray, np.ndarray]:
-    """P-values of pyrosc for covariates of a kind, in null types; and in the type that a clade is of."""
-    mine = [r for r in rows if r["part"] == "null" and r["arm"] == PYROSC and r["covariate"].startswith(start)]
-    null = [p for r in mine for k, p in r["p_values"].items() if k not in r["active"]]
-    own = [p for r in mine for k, p in r["p_values"].items() if r["covariate"] == f"clade of {k}"]
-    return np.array(null), np.array(own)
+def where(row: dict[str, Any], kind: str) -> str:
+    """What there is to find of a covariate in a type."""
+    if kind not in row["active"]:
+        return NOWHERE
+    return OWN if row["covariate"] == f"clade of {kind}" else OTHER
+
+
+def of_kind(rows: Rows, arm: str, start: str, place: str) -> np.ndarray:
+    """P-values of pyrosc, or shares of cells of the peer, for covariates of a kind in such types."""
+    name = "p_values" if arm == PYROSC else "shares"
+    mine = [r for r in rows if r["part"] == "null" and r["arm"] == arm and r["covariate"].startswith(start)]
+    return np.array([value for r in mine for kind, value in r[name].items() if where(r, kind) == place])
 
 
 def is_none(row: dict[str, Any]) -> bool:
@@ -451,7 +485,7 @@ def lines(rows: Rows) -> pd.DataFrame:
         what = f"rank correlation in active types (seeds: {len(mine)})"
         add("truth", what, f"{min(each):.3f} to {max(each):.3f}", "each >= 0.8", min(each) >= 0.8, len(mine) < 3)
     for start, what in (("random", "random covariates"), ("clade", "clades of active types")):
-        p = p_values(rows, start)[0]
+        p = of_kind(rows, PYROSC, start, NOWHERE)
         if len(p):
             low, high = band(len(p))
             n, short = int((p < 0.05).sum()), start == "random" and len(p) < 200
@@ -503,27 +537,23 @@ def truths(rows: Rows) -> pd.DataFrame:
 
 def nulls(rows: Rows) -> pd.DataFrame:
     found = []
-    for start, what in (("random", "random"), ("clade", "clade of an active type")):
-        null, own = p_values(rows, start)
-        for p, where in ((null, "null types"), (own, "that type (has to be told)")):
+    for start in ("random", "clade"):
+        for place in (NOWHERE, OTHER, OWN):
+            p = of_kind(rows, PYROSC, start, place)
             if len(p):
-                n, (low, high) = int((p < 0.05).sum()), band(len(p))
-                uniform = where == "null types"
-                found.append({
-                    "arm": PYROSC, "covariate": what, "in": where, "p-values": str(len(p)), "below 0.05": str(n),
-                    "share": float((p < 0.05).mean()), "band": f"{low} to {high}" if uniform else "",
-                    "KS p": f"{stats.kstest(p, 'uniform').pvalue:.3f}" if uniform else "",
-                })  # fmt: skip
-        mine = [r for r in rows if r["part"] == "null" and r["arm"] == PEER and r["covariate"].startswith(start)]
-        null = np.array([v for r in mine for k, v in r["shares"].items() if k not in r["active"]])
-        own = np.array([v for r in mine for k, v in r["shares"].items() if r["covariate"] == f"clade of {k}"])
-        for share, where in ((null, "null types"), (own, "that type (has to be told)")):
+                low, high = band(len(p))
+                row = {"arm": PYROSC, "covariate": start, "in": place, "p-values": str(len(p))}
+                row |= {"below 0.05": str((p < 0.05).sum()), "share": float((p < 0.05).mean()), "band": "", "KS p": ""}
+                if place != OWN:
+                    row |= {"band": f"{low} to {high}", "KS p": f"{stats.kstest(p, 'uniform').pvalue:.3f}"}
+                found.append(row)
+        for place in (NOWHERE, OTHER, OWN):
+            share = of_kind(rows, PEER, start, place)
             if len(share):
                 n = len(share) * N_CELLS_TESTED
-                found.append({
-                    "arm": f"{PEER}, chi squared", "covariate": what, "in": where, "p-values": f"{n} cells",
-                    "below 0.05": f"{share.mean() * n:.0f} cells", "share": float(share.mean()), "band": "", "KS p": "",
-                })  # fmt: skip
+                row = {"arm": f"{PEER}, chi squared", "covariate": start, "in": place, "p-values": f"{n} cells"}
+                row |= {"below 0.05": f"{share.mean() * n:.0f} cells", "share": float(share.mean())}
+                found.append(row | {"band": "", "KS p": ""})
     return pd.DataFrame(found)
 
 
@@ -556,11 +586,13 @@ def kangs(rows: Rows) -> list[str]:
         text += ["Samples on the side of their condition, of 16:", "", *markdown(pd.DataFrame(trees)), ""]
     effects = []
     for r in mine:
-        if r["what"] == "effects" and r["covariate"] == "condition":
+        if r["what"] == "pseudobulk t" or (r["what"] == "effects" and r["covariate"] == "condition"):
             for k, n in r["calls"].items():
                 effects.append({
-                    "type": k, "genes called": n, "known, called and up": "{} of {}".format(*r["known"][k]),
-                    f"called, and P(abs lfc > {r['delta']}) > 0.95": r["large"][k],
+                    "arm": PYROSC if r["what"] == "effects" else "pseudobulk, paired t", "type": k, "genes called": n,
+                    "known, called and up": "{} of {}".format(*r["known"][k]), "their mean lfc": f"{r['lfc'][k]:.2f}",
+                    "of it decoded": f"{r['decoded'][k]:.2f}" if "decoded" in r else "",
+                    "called, and P(abs lfc > 0.25) > 0.95": str(r["large"][k]) if "large" in r else "",
                 })  # fmt: skip
     if effects:
         text += ["The condition, within donors, at an fdr of 0.05:", "", *markdown(pd.DataFrame(effects)), ""]
