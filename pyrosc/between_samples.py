@@ -405,14 +405,19 @@ def _by_sample(obs: pd.DataFrame, name: str, codes: np.ndarray, samples: np.ndar
             + did_you_mean(name, map(str, obs.columns))
         )
     column = obs[name].astype(object)
+    several = {factor.levels[s]: list(pd.unique(column[codes == s])) for s in samples}
+    several = {level: values for level, values in several.items() if len(values) > 1}
+    if several:
+        first, values = next(iter(several.items()))
+        raise ValueError(
+            f'design: "{name}" has {len(values)} values in sample "{first}" ({listed(values, 3)}), and more than one '
+            f"in {len(several)} of {len(samples)} samples ({listed(several, 10)}): a covariate of samples has one in "
+            f'each. Where donors were measured under several, a sample is a donor x "{name}": make a column of both and '
+            "read the cells with it, sample=..."
+        )
     found = []
     for s in samples:
         inside = pd.unique(column[codes == s])
-        if len(inside) > 1:
-            raise ValueError(
-                f'design: "{name}" has {len(inside)} values in sample "{factor.levels[s]}" ({listed(inside, 3)}): a '
-                "covariate of samples has one in each"
-            )
         if pd.isna(inside[0]):
             raise ValueError(f'design: "{name}" is missing for sample "{factor.levels[s]}": leave its cells out')
         found.append(inside[0])

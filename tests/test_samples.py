@@ -450,6 +450,18 @@ def test_pairs_are_compared_within_their_block(fitted):
     assert list(every["group"]) == ["type0", "type1", "type2"]
 
 
+def test_donors_under_two_conditions_are_named_where_one_is_asked_for(fitted):
+    """Row 56 of the faults: nesting is assumed, and does not hold."""
+    adata, _, fit = fitted
+    adata = adata.copy()
+    is_in = adata.obs["donor"].isin(["donor2", "donor6"]).to_numpy()
+    adata.obs["condition"] = np.where(is_in & (np.arange(len(adata)) % 2 == 0), "stim", "ctrl")
+    cells = Cells.from_anndata(adata, sample="donor")
+
+    with pytest.raises(ValueError, match='in 2 of 8 samples \\("donor2", "donor6"\\).*make a column of both'):
+        fit.sample_tests(cells, "condition")
+
+
 @pytest.mark.parametrize(
     ("design", "what"),
     [

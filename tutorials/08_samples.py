@@ -56,7 +56,7 @@ with warnings.catch_warnings():
 spread = fit.sample_spread(cells, "cell_type")
 print(spread[["sd", "p_none"]].round(1))
 # >             sd  p_none
-# > cell_type             
+# > cell_type
 # > type0      0.6     0.0
 # > type1      0.1     1.0
 # > type2      0.1     1.0
