@@ -412,8 +412,8 @@ def _by_sample(obs: pd.DataFrame, name: str, codes: np.ndarray, samples: np.ndar
         raise ValueError(
             f'design: "{name}" has {len(values)} values in sample "{first}" ({listed(values, 3)}), and more than one '
             f"in {len(several)} of {len(samples)} samples ({listed(several, 10)}): a covariate of samples has one in "
-            f'each. Where donors were measured under several, a sample is a donor x "{name}": make a column of both and '
-            "read the cells with it, sample=..."
+            f'each. Where donors were measured under several, a sample is a donor x "{name}": make a column of both '
+            "and read the cells with it, sample=..."
         )
     found = []
     for s in samples:
