@@ -111,4 +111,4 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(".plot", __name__)
     from .schema import did_you_mean, listed
 
-    raise AttributeError(f'pyrosc has no "{name}".{did_you_mean(name, __all__)} There are: {listed(__all__, 40)}.')
+    raise AttributeError(f'pyrosc has no "{name}".{did_you_mean(name, __all__)} There are: {listed(__all__, 100)}.')

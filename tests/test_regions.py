@@ -197,6 +197,7 @@ def peaks(n_cells, n_regions, n_hidden, *decoders):
     return [tuple(map(float, line.split())) for line in made.stdout.splitlines()]
 
 
+@pytest.mark.slow  # a process's memory is watched from outside, which fails where others take the cores
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
 def test_a_step_holds_three_dense_mini_batches():
     # Few hidden units, so that weights are small beside a block of 128 cells x 100,000 regions (51 MB).
