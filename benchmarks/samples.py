@@ -10,7 +10,7 @@ Parts (``--part``), each row written as soon as it is there; an interrupted run 
     null     p-values of the null types of the same data and fits: `Fit.sample_tests` (1,000 permutations) of 20
              covariates drawn at random, half of the donors each, and of the true first clade of either active type.
     none     donors(2000, 500, n_donors=8, n_active=0, proportions=2.0), in which donors differ in composition alone:
-             whether `Fit.sample_spread` (least=0.1 log2) has p_none > 0.95 in every type. Every fifth seed also with
+             whether `Fit.sample_spread` (delta=0.1 log2) has p_none > 0.95 in every type. Every fifth seed also with
              n_active=2, which has to be told: p_none < 0.05 in the active types.
     kang     Kang, 2,000 variable genes, sample = donor x condition (16), no batch. First split (two clusters) of the
              tree of samples in the monocytes against the condition; `Fit.sample_effects` of the condition within

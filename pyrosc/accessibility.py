@@ -32,18 +32,18 @@ from .effects import (
     Effects,
     Sums,
     Totals,
-    _about_their_mean,
-    _donors,
-    _draws_of_worlds,
-    _finish,
-    _is_false,
-    _say_confounded,
-    _scatter,
-    _shared_levels,
-    _units,
-    _worlds,
+    about_their_mean,
+    donors_of,
+    draws_of_worlds,
+    finished,
+    is_false_in,
     log_odds,
+    say_confounded,
+    scatter,
+    shared_levels,
     sum_over_cells,
+    units_of,
+    worlds_by,
 )
 from .errors import ProgramError
 from .regions import RegionDecoder
@@ -89,11 +89,11 @@ def differences(
         cells = cells[asked]
         pairs = [Comparison(pair.names, (pair.masks[0][asked], pair.masks[1][asked])) for pair in pairs]
     library = float(cells.library.median()) if library is None else library
-    donors = _donors(cells, donor)
-    keys = _shared_levels(fit, cells, pairs, batches)
-    worlds = _worlds(fit, cells, keys)
-    unit, inside, by = _units(pairs, donors)
-    per_world = _draws_of_worlds(n_draws, keys, max(len(fit.members), 1))
+    donors = donors_of(cells, donor)
+    keys = shared_levels(fit, cells, pairs, batches)
+    worlds = worlds_by(fit, cells, keys)
+    unit, inside, by = units_of(pairs, donors)
+    per_world = draws_of_worlds(n_draws, keys, max(len(fit.members), 1))
     require_memory(
         8 * sum(per_world.values()) * len(by) * cells.n_genes, "sums over the cells of every group",
         "Ask for fewer draws or groups.",
@@ -122,16 +122,16 @@ def differences(
             means = [_with_counts(m, totals, units, known, member, seed + 2 * k + i) for i, (m, units) in
                      enumerate(zip(means, both))]  # fmt: skip
         probability = [opened(m, library) for m in means]
-        drawn = np.clip(_about_their_mean(probability[0] - probability[1], sizes), -1.0, 1.0)
+        drawn = np.clip(about_their_mean(probability[0] - probability[1], sizes), -1.0, 1.0)
         abundance = (means[0] + means[1]).mean(0).numpy() if shrink else None
         effects = Effects.of(drawn, member, abundance)
         effects.sd = np.maximum(effects.sd, _LEAST_SD)
         table, law = _judged(effects, delta, interval, shrink)
         for i in range(2):
             table[f"open{i + 1}"] = np.clip(probability[i].mean(0), 0.0, 1.0)
-        is_false = _is_false(effects.draws, law, delta)
-        tables.append(_finish(table, fit, cells, pair, means, delta, fdr, 0.0, is_false, "difference_mean"))
-    _say_confounded(fit, pairs, donors, "population")
+        is_false = is_false_in(effects.draws, law, delta)
+        tables.append(finished(table, fit, cells, pair, means, delta, fdr, 0.0, is_false, "difference_mean"))
+    say_confounded(fit, pairs, donors, "population")
     table = pd.concat(tables)
     table.attrs = dict(tables[0].attrs) | {
         "estimand": "population", "scale": "difference", "library": library, "fdr": fdr, "n_cells": len(cells),
@@ -151,7 +151,7 @@ def _with_counts(
     ratio = ratio[np.zeros(len(mean), dtype=int) if member is None else member]
     # Few counts that happen to be fewer than expected do not know the mean any better for it.
     sd = np.sqrt(np.maximum(ratio, 1.0) * (variance + 0.5)) / expected
-    return mean * torch.as_tensor(ratio + sd * _scatter(tuple(mean.shape), seed))
+    return mean * torch.as_tensor(ratio + sd * scatter(tuple(mean.shape), seed))
 
 
 def _judged(effects: Effects, delta: float, interval: float, shrink: bool) -> tuple[pd.DataFrame, Effects | Shrunk]:

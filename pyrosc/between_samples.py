@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
+from scipy import linalg, stats
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 from torch import Tensor
@@ -296,17 +296,17 @@ def sample_tree(table: pd.DataFrame, group: Any = None, method: str = "average")
 
 
 def spread(
-    fit: Fit, cells: Cells, groupby: str | None, n_draws: int, interval: float, least: float, most: int, seed: int
+    fit: Fit, cells: Cells, groupby: str | None, n_draws: int, interval: float, delta: float, most: int, seed: int
 ) -> pd.DataFrame:
     """How much samples differ in each group, and the probability that they hardly do; see `Fit.sample_spread`."""
     rows = {}
     for group, draws in profiles(fit, cells, groupby, None, most, n_draws, seed).items():
         sd = np.sqrt(draws.var(1, ddof=1).mean(-1))
         low, high = np.quantile(sd, [(1 - interval) / 2, (1 + interval) / 2])
-        rows[group] = {"sd": sd.mean(), "lower": low, "upper": high, "p_none": float((sd < least).mean())}
+        rows[group] = {"sd": sd.mean(), "lower": low, "upper": high, "p_none": float((sd < delta).mean())}
     table = pd.DataFrame.from_dict(rows, orient="index")
     table.index.name = groupby or "group"
-    table.attrs["least"] = least
+    table.attrs["delta"] = delta
     return table
 
 
@@ -436,9 +436,8 @@ def _orders(block: np.ndarray, n: int, seed: int) -> np.ndarray:
 
 def _residual(fixed: np.ndarray) -> np.ndarray:
     """(D, D) projection off the columns of a matrix."""
-    q, r = np.linalg.qr(fixed)
-    kept = q[:, np.abs(np.diag(r)) > 1e-9] if r.shape[0] == r.shape[1] else q
-    return np.eye(len(fixed)) - kept @ kept.T
+    basis = linalg.orth(fixed)
+    return np.eye(len(fixed)) - basis @ basis.T
 
 
 def _t(

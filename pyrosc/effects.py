@@ -410,14 +410,14 @@ def differential_expression(
     if not asked.all():  # cells in no group have nothing to say
         cells = cells[asked]
         pairs = [Comparison(pair.names, (pair.masks[0][asked], pair.masks[1][asked])) for pair in pairs]
-    donors = _donors(cells, donor)
+    donors = donors_of(cells, donor)
     if estimand == "donor" and donors is None:
         raise ValueError(
             'estimand="donor" needs to know donors: name a column, donor=..., or read cells with sample=...'
         )
     weighed = _weighed(fit, cells, importance, seed) if importance else None
-    keys = _shared_levels(fit, cells, pairs, batches if estimand != "donor" else "own")
-    worlds = _worlds(fit, cells, keys)
+    keys = shared_levels(fit, cells, pairs, batches if estimand != "donor" else "own")
+    worlds = worlds_by(fit, cells, keys)
     tables = []
     if estimand == "cell":
         for i, (pair, own) in enumerate(zip(pairs, keys)):
@@ -429,8 +429,8 @@ def differential_expression(
             ))  # fmt: skip
     else:
         is_population = estimand == "population"
-        unit, inside, by = _units(pairs, donors)
-        per_world = _draws_of_worlds(n_draws, keys, max(len(fit.members), 1))
+        unit, inside, by = units_of(pairs, donors)
+        per_world = draws_of_worlds(n_draws, keys, max(len(fit.members), 1))
         require_memory(
             8 * sum(per_world.values()) * len(by) * cells.n_genes, "sums over the cells of every group",
             "Ask for fewer draws or groups.",
@@ -461,7 +461,7 @@ def differential_expression(
             counts = [_counts_of(cells, mask)[0] for mask in pair.masks]
             e = pseudocount_of(counts, means) if pseudocount is None else pseudocount
             sizes = [per_world[key] for key in own]
-            lfc = _about_their_mean(log2_ratio(means[0], means[1], e), sizes)
+            lfc = about_their_mean(log2_ratio(means[0], means[1], e), sizes)
             member = np.concatenate([fit.member_of(n) for n in sizes]) if fit.members else None
             abundance = (means[0] + means[1]).mean(0).numpy() if shrink else None
             found = decoded = Effects.of(lfc, member, abundance)
@@ -474,7 +474,7 @@ def differential_expression(
             if totals is not None:
                 more = pd.Series(found.mean - lfc.mean(0), index=list(fit.schema.genes))
                 tables[-1].insert(5 + shrink, "lfc_residual", more)
-        _say_confounded(fit, pairs, donors, estimand)
+        say_confounded(fit, pairs, donors, estimand)
     table = pd.concat(tables)
     of_population = estimand == "population"
     by_draws = fit._uncertainty(cells=resample and of_population, counts=residual and of_population)
@@ -503,7 +503,7 @@ def _with_counts(
     comparison takes what is surer of most genes; a choice gene by gene would take what is too sure.
     """
     (one, v1), (two, v2) = (totals.log_ratio(units, by) for units in groups)
-    rest, noise = one - two, _scatter(lfc.shape, seed)  # (M, G), (S, G)
+    rest, noise = one - two, scatter(lfc.shape, seed)  # (M, G), (S, G)
     sd = np.sqrt(v1 + v2)
     as_it_is = Effects.of(lfc + (rest if member is None else rest[member]) + sd * noise, member, abundance)
     if member is None:
@@ -513,7 +513,7 @@ def _with_counts(
     return by_refits if np.median(by_refits.sd) < np.median(as_it_is.sd) else as_it_is
 
 
-def _scatter(shape: tuple[int, ...], seed: int) -> np.ndarray:
+def scatter(shape: tuple[int, ...], seed: int) -> np.ndarray:
     """(S, G) standard normal numbers, each column its quantiles in random order: no mean moves by chance."""
     column = stats.norm.ppf((np.arange(shape[0]) + 0.5) / shape[0])
     column /= column.std(ddof=1)
@@ -544,7 +544,7 @@ def _counted(cells: Cells, proposals: int, weighed: Importance | None) -> dict[s
     return {"n_unweighted": round(len(cells) * weighed.n_unweighted / weighed.n_cells)}
 
 
-def _donors(cells: Cells, column: str | None) -> np.ndarray | None:
+def donors_of(cells: Cells, column: str | None) -> np.ndarray | None:
     """(N,) code of each cell's donor; None where they are not known."""
     if column is None:
         if cells.schema.sample is None or cells.schema.sample.column not in cells.obs.columns:
@@ -558,7 +558,7 @@ def _donors(cells: Cells, column: str | None) -> np.ndarray | None:
     return np.unique(cells.obs[column].astype(str).to_numpy(), return_inverse=True)[1]
 
 
-def _shared_levels(fit: Fit, cells: Cells, pairs: list[Comparison], batches: str) -> list[list[Any]]:
+def shared_levels(fit: Fit, cells: Cells, pairs: list[Comparison], batches: str) -> list[list[Any]]:
     """For each comparison the batches that both of its groups have; [None] where cells keep their own."""
     factor = fit.schema.batch
     if batches == "own" or factor is None or len(factor) < 2:
@@ -577,14 +577,14 @@ def _shared_levels(fit: Fit, cells: Cells, pairs: list[Comparison], batches: str
     return found
 
 
-def _worlds(fit: Fit, cells: Cells, keys: list[list[Any]]) -> dict[Any, Cells]:
+def worlds_by(fit: Fit, cells: Cells, keys: list[list[Any]]) -> dict[Any, Cells]:
     """The cells as they are decoded under each batch that any comparison asks for."""
     factor = fit.schema.batch
     every = list(dict.fromkeys(key for own in keys for key in own))
     return {k: cells if k is None or factor is None else cells.do(**{factor.column: k}) for k in every}
 
 
-def _draws_of_worlds(n_draws: int, keys: list[list[Any]], least: int) -> dict[Any, int]:
+def draws_of_worlds(n_draws: int, keys: list[list[Any]], least: int) -> dict[Any, int]:
     """Draws under each batch, so that every comparison has at least ``n_draws``, and ``least`` under each."""
     found: dict[Any, int] = {}
     for own in keys:
@@ -593,7 +593,7 @@ def _draws_of_worlds(n_draws: int, keys: list[list[Any]], least: int) -> dict[An
     return found
 
 
-def _about_their_mean(lfc: np.ndarray, sizes: list[int]) -> np.ndarray:
+def about_their_mean(lfc: np.ndarray, sizes: list[int]) -> np.ndarray:
     """Effects (S, G) under one batch after the other, moved to their mean over batches.
 
     What is asked is that mean: how effects differ between batches is not uncertainty of it.
@@ -603,7 +603,7 @@ def _about_their_mean(lfc: np.ndarray, sizes: list[int]) -> np.ndarray:
     return np.concatenate([one - one.mean(0) + centre for one in by_batch])
 
 
-def _say_confounded(fit: Fit, pairs: list[Comparison], donors: np.ndarray | None, estimand: str) -> None:
+def say_confounded(fit: Fit, pairs: list[Comparison], donors: np.ndarray | None, estimand: str) -> None:
     """Warn where groups of populations share no donor and there are few of them."""
     if donors is None or estimand != "population":
         return
@@ -617,7 +617,7 @@ def _say_confounded(fit: Fit, pairs: list[Comparison], donors: np.ndarray | None
             return
 
 
-def _units(pairs: list[Comparison], donors: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def units_of(pairs: list[Comparison], donors: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cells of a donor that no comparison tells apart make one unit.
 
     Returns
@@ -687,7 +687,7 @@ def _table(
         table.insert(5, "lfc_shrunk", law.mean)
     # Of what is decoded alone: effects of the prior have no noise of counts.
     _add_bayes(table, decoded.log_odds(delta), _prior_effects(fit, pair, worlds, pseudocount, seed), delta)
-    return _finish(table, fit, cells, pair, means, delta, fdr, pseudocount, _is_false(effects.draws, law, delta))
+    return finished(table, fit, cells, pair, means, delta, fdr, pseudocount, is_false_in(effects.draws, law, delta))
 
 
 def _add_bayes(table: pd.DataFrame, log_odds: np.ndarray, prior: np.ndarray, delta: float) -> None:
@@ -700,13 +700,13 @@ def _add_bayes(table: pd.DataFrame, log_odds: np.ndarray, prior: np.ndarray, del
     table["evidence"] = [next(word for top, word in _EVIDENCE if f <= top) if f > 1 else "" for f in factor]
 
 
-def _is_false(draws: np.ndarray, law: Any, delta: float) -> np.ndarray:
+def is_false_in(draws: np.ndarray, law: Any, delta: float) -> np.ndarray:
     """(S, G) whether |effect| <= delta, draw by draw: genes have their own law, and go together as the draws do."""
     place = (stats.rankdata(draws, axis=0) - 0.5) / len(draws)
     return (place > law.cdf(-delta)) & (place <= law.cdf(delta))
 
 
-def _finish(
+def finished(
     table: pd.DataFrame, fit: Fit, cells: Cells, pair: Comparison, means: list[Tensor], delta: float, fdr: float,
     pseudocount: float, is_false: np.ndarray | None, size: str = "lfc_mean",
 ) -> pd.DataFrame:  # fmt: skip
@@ -811,7 +811,7 @@ def _by_donor(
     })  # fmt: skip
     if worlds is not None:
         _add_bayes(table, log_odds(chance), _prior_effects(fit, pair, worlds, e, seed), delta)
-    return _finish(table, fit, cells, pair, [m.mean(0, keepdim=True) for m in means], delta, fdr, e, None)
+    return finished(table, fit, cells, pair, [m.mean(0, keepdim=True) for m in means], delta, fdr, e, None)
 
 
 def _columns(

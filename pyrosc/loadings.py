@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -26,14 +25,8 @@ from torch import Tensor, nn
 from .cells import Cells
 from .dispersions import moments
 from .errors import ProgramError
-from .parts import Part
+from .parts import Part, positive
 from .schema import Schema
-
-
-def _positive(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a positive number, not {value!r}")
-    return float(value)
 
 
 class _Loadings(Part):
@@ -67,7 +60,7 @@ class NormalLoadings(_Loadings):
     """
 
     def __init__(self, sd: float = 1.0) -> None:
-        super().__init__(sd=_positive("sd", sd))
+        super().__init__(sd=positive("sd", sd))
 
     def forward(self) -> Tensor:
         return pyro.sample("loadings", dist.Normal(self.zero, self.arguments["sd"]).to_event(2))
@@ -89,7 +82,7 @@ class NonNegativeLoadings(_Loadings):
     """
 
     def __init__(self, median: float = 0.05, sd: float = 1.5) -> None:
-        super().__init__(median=_positive("median", median), sd=_positive("sd", sd))
+        super().__init__(median=positive("median", median), sd=positive("sd", sd))
 
     def forward(self) -> Tensor:
         a = self.arguments
@@ -125,7 +118,7 @@ class HorseshoeLoadings(_Loadings):
             raise ValueError(f"n_expected is a number of genes, such as 50, not {n_expected!r}")
         if n_expected is not None and n_expected < 1:
             raise ValueError(f"n_expected must be at least 1 gene, not {n_expected}")
-        super().__init__(n_expected=n_expected, slab=_positive("slab", slab))
+        super().__init__(n_expected=n_expected, slab=positive("slab", slab))
 
     def build(self, schema: Schema, sizes: Mapping[str, int], parts: Mapping[str, nn.Module]) -> None:
         super().build(schema, sizes, parts)

@@ -19,6 +19,7 @@ left out:
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,20 @@ from .cells import Cells
 from .schema import Schema
 
 _BY_NAME = inspect.Parameter.KEYWORD_ONLY
+
+
+def whole(name: str, value: Any, least: int = 1) -> int:
+    """An argument that is a whole number, or a ValueError that names it."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+    return int(value)
+
+
+def positive(name: str, value: Any, what: str = "") -> float:
+    """An argument that is a positive number, or a ValueError that names it and says what it is."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a positive number, not {value!r}" + (f": it is {what}" if what else ""))
+    return float(value)
 
 
 class Part(nn.Module):

@@ -26,6 +26,7 @@ from .draws import Importance, by_block, by_draws, draw_guide, in_front, log_wei
 from .elbo import elbo_terms, in_cells
 from .errors import ProgramError, PyroscWarning
 from .guides import is_computed
+from .parts import whole
 from .program import Program
 from .schema import Schema, did_you_mean, listed
 
@@ -111,7 +112,7 @@ class Fit:
             (S, N, K) draws, in the order of ``cells``.
         """
         cells = self._ready(cells)
-        n_draws = _whole("n_draws", n_draws, 0)
+        n_draws = whole("n_draws", n_draws, 0)
         if site in self.program.computed:
             found = self._of_computed(site, cells, n_draws or _STATE_DRAWS, seed)
             return np.concatenate([draws if n_draws else draws.mean(0) for draws in found], -2)
@@ -193,7 +194,7 @@ class Fit:
             If a gene or level is unknown, or the answer would not fit into memory.
         """
         cells = self._ready(cells)
-        n_draws = _whole("n_draws", n_draws, 1)
+        n_draws = whole("n_draws", n_draws, 1)
         _check_numbers(scale=scale, interval=interval)
         self._said = False
         at, names = self._genes(genes)
@@ -254,7 +255,7 @@ class Fit:
             If a gene or level is unknown, or the draws would not fit into memory.
         """
         cells = self._ready(cells)
-        n_draws = _whole("n_draws", n_draws, 1)
+        n_draws = whole("n_draws", n_draws, 1)
         at, names = self._genes(genes)
         worlds = self._worlds(cells, do)
         require_memory(
@@ -308,7 +309,7 @@ class Fit:
         from .prediction import generated
 
         if n_cells is not None:
-            n_cells = _whole("n_cells", n_cells, 1)
+            n_cells = whole("n_cells", n_cells, 1)
         elif like is None:
             raise ValueError("generate needs a number of cells, generate(1000), or cells to be like, like=cells")
         return generated(self, n_cells, None if like is None else self._ready(like), do, seed)
@@ -339,7 +340,7 @@ class Fit:
         from .prediction import noise
 
         _check_numbers(interval=interval)
-        return noise(self, self._ready(cells), _whole("n_draws", n_draws, 1), interval, seed)
+        return noise(self, self._ready(cells), whole("n_draws", n_draws, 1), interval, seed)
 
     def technical_zeros(
         self,
@@ -362,7 +363,7 @@ class Fit:
 
         cells = self._ready(cells)
         at, names = self._genes(genes)
-        return technical_zeros(self, cells, at, names, _whole("n_draws", n_draws, 1), seed)
+        return technical_zeros(self, cells, at, names, whole("n_draws", n_draws, 1), seed)
 
     def label_probabilities(
         self,
@@ -400,10 +401,10 @@ class Fit:
 
         if by not in ("story", "neighbors"):
             raise ValueError(f'by must be "story" or "neighbors", not {by!r}')
-        n_draws, types = _whole("n_draws", n_draws, 1), types_of(self)
+        n_draws, types = whole("n_draws", n_draws, 1), types_of(self)
         cells = self._ready(cells)
         if by == "neighbors":
-            found = by_neighbors(self, cells, _whole("k", k, 1), n_draws, seed)
+            found = by_neighbors(self, cells, whole("k", k, 1), n_draws, seed)
         else:
             found = probabilities(self, cells, n_draws, seed)
         return pd.DataFrame(found.double().numpy(), index=cells.names, columns=types)
@@ -457,7 +458,7 @@ class Fit:
         for name, value in (("threshold", threshold), ("novelty", novelty)):
             if value is not None and (isinstance(value, bool) or not 0 < value <= 1):
                 raise ValueError(f"{name} must be above 0 and at most 1, or None, not {value!r}")
-        return annotated(self, self._ready(cells), threshold, novelty, _whole("n_draws", n_draws, 1), seed)
+        return annotated(self, self._ready(cells), threshold, novelty, whole("n_draws", n_draws, 1), seed)
 
     def with_temperature(self, cells: Cells | anndata.AnnData, *, n_draws: int = 25, seed: int = 0) -> Fit:
         """The same fit with log odds of types divided by a temperature that suits these cells' labels.
@@ -479,7 +480,7 @@ class Fit:
         """
         from .annotation import temperature
 
-        return temperature(self, self._ready(cells), _whole("n_draws", n_draws, 1), seed)
+        return temperature(self, self._ready(cells), whole("n_draws", n_draws, 1), seed)
 
     def map(
         self,
@@ -578,7 +579,7 @@ class Fit:
         if given.kept != 1:
             raise ValueError("these cells are thinned already; pass them as they were measured")
         fraction = self.settings.get("kept", 1.0)
-        return outliers(self, given, fraction if fraction < 1 else 0.5, fdr, _whole("n_draws", n_draws, 20), seed)
+        return outliers(self, given, fraction if fraction < 1 else 0.5, fdr, whole("n_draws", n_draws, 20), seed)
 
     def counterfactual(
         self,
@@ -646,7 +647,7 @@ class Fit:
         if not do:
             raise ValueError('do names no column to set; such as do={"condition": "stim"}')
         _check_numbers(scale=scale, delta=delta, pseudocount=pseudocount, interval=interval)
-        n_draws = _whole("n_draws", n_draws, 2)
+        n_draws = whole("n_draws", n_draws, 2)
         at, names = self._genes(genes)
         if not names:
             raise ValueError("genes names no gene; None is for all")
@@ -718,7 +719,7 @@ class Fit:
             raise ValueError(f'column: "{column}" has one level, so it explains nothing')
         self._require_rho_of_cells(cells)
         self._require_read(cells, {factor.column: factor.levels[0]})
-        n_draws = _whole("n_draws", n_draws, max(2, len(self.members)))
+        n_draws = whole("n_draws", n_draws, max(2, len(self.members)))
         return variance_explained(
             self, cells, factor.column, list(factor.levels), n_draws, interval, pseudocount, seed
         )  # fmt: skip
@@ -832,7 +833,7 @@ class Fit:
         if batches not in ("shared", "own"):
             raise ValueError(f'batches must be "shared" or "own", not {batches!r}')
         _check_numbers(delta=delta, pseudocount=pseudocount, fdr=fdr, interval=interval)
-        n_draws, importance = _whole("n_draws", n_draws, 2), _whole("importance", importance, 0)
+        n_draws, importance = whole("n_draws", n_draws, 2), whole("importance", importance, 0)
         if 0 < importance < max(100, n_draws):
             raise ValueError(f"importance must be 0 or at least {max(100, n_draws)} draws, not {importance}")
         for name, flag in (("resample", resample), ("residual", residual), ("shrink", shrink)):
@@ -874,7 +875,7 @@ class Fit:
         """
         from .between_samples import states
 
-        n_draws = _whole("n_draws", n_draws, 0)
+        n_draws = whole("n_draws", n_draws, 0)
         found = states(self, self._ready(cells), n_draws or _STATE_DRAWS, seed)
         return found if n_draws else found.mean(0)
 
@@ -920,19 +921,19 @@ class Fit:
         if of not in ("expression", "state"):
             raise ValueError(f'of must be "expression" or "state", not {of!r}')
         _check_numbers(interval=interval)
-        cells, n_draws = self._ready(cells), _whole("n_draws", n_draws, 2)
+        cells, n_draws = self._ready(cells), whole("n_draws", n_draws, 2)
         if by_cell:
             if groupby is not None:
                 raise ValueError("by_cell answers for each cell: leave groupby= out")
             return distances_by_cell(self, cells, of, n_draws, seed)
-        return distances(self, cells, groupby, of, n_draws, interval, _whole("most", most, 1), seed)
+        return distances(self, cells, groupby, of, n_draws, interval, whole("most", most, 1), seed)
 
     def sample_spread(
         self,
         cells: Cells | anndata.AnnData,
         groupby: str | None = None,
         *,
-        least: float = 0.1,
+        delta: float = 0.1,
         n_draws: int = 50,
         interval: float = 0.9,
         most: int = 100,
@@ -943,13 +944,13 @@ class Fit:
         Parameters
         ----------
         groupby, n_draws, interval, most, seed : as in `sample_distances`
-        least : log2, below which a spread counts as none
+        delta : log2, below which a spread counts as none
 
         Returns
         -------
         DataFrame
             One row a group: "sd", the root mean square over genes of the sd over samples of log2 expression (posterior
-            mean), "lower", "upper"; and "p_none", the posterior probability that it is below ``least``.
+            mean), "lower", "upper"; and "p_none", the posterior probability that it is below ``delta``.
 
         Raises
         ------
@@ -958,9 +959,9 @@ class Fit:
         """
         from .between_samples import spread
 
-        _check_numbers(interval=interval, delta=least)
+        _check_numbers(interval=interval, delta=delta)
         return spread(
-            self, self._ready(cells), groupby, _whole("n_draws", n_draws, 2), interval, least, _whole("most", most, 1),
+            self, self._ready(cells), groupby, whole("n_draws", n_draws, 2), interval, delta, whole("most", most, 1),
             seed,
         )  # fmt: skip
 
@@ -1034,16 +1035,16 @@ class Fit:
         from .between_samples import effects, effects_by_cell
 
         _check_numbers(delta=delta, fdr=fdr, interval=interval)
-        cells, n_draws = self._ready(cells), _whole("n_draws", n_draws, 2)
+        cells, n_draws = self._ready(cells), whole("n_draws", n_draws, 2)
         at, names = self._genes(genes)
         if by_cell:
             if groupby is not None or block is not None:
                 raise ValueError("by_cell answers for each cell and these samples: leave groupby= and block= out")
             return effects_by_cell(self, cells, design, at, names, delta, n_draws, seed)
         return effects(
-            self, cells, design, groupby, block=block, least=_whole("least", least, 1), names=names, delta=delta,
-            fdr=fdr, n_permutations=_whole("n_permutations", n_permutations, 20), n_draws=n_draws, interval=interval,
-            most=_whole("most", most, 1), seed=seed,
+            self, cells, design, groupby, block=block, least=whole("least", least, 1), names=names, delta=delta,
+            fdr=fdr, n_permutations=whole("n_permutations", n_permutations, 20), n_draws=n_draws, interval=interval,
+            most=whole("most", most, 1), seed=seed,
         )  # fmt: skip
 
     def sample_tests(
@@ -1088,9 +1089,9 @@ class Fit:
         from .between_samples import tests
 
         return tests(
-            self, self._ready(cells), design, groupby, block=block, least=_whole("least", least, 1),
-            n_permutations=_whole("n_permutations", n_permutations, 20), n_draws=_whole("n_draws", n_draws, 2),
-            most=_whole("most", most, 1), seed=seed,
+            self, self._ready(cells), design, groupby, block=block, least=whole("least", least, 1),
+            n_permutations=whole("n_permutations", n_permutations, 20), n_draws=whole("n_draws", n_draws, 2),
+            most=whole("most", most, 1), seed=seed,
         )  # fmt: skip
 
     def differential_abundance(
@@ -1138,7 +1139,7 @@ class Fit:
 
         _check_numbers(fdr=fdr)
         return abundance(
-            self, self._ready(cells), column, group1, group2, block, _whole("n_permutations", n_permutations, 20), fdr,
+            self, self._ready(cells), column, group1, group2, block, whole("n_permutations", n_permutations, 20), fdr,
             seed,
         )  # fmt: skip
 
@@ -1162,7 +1163,7 @@ class Fit:
         """
         from .between_samples import admissible
 
-        _check_numbers(interval=level)
+        _check_numbers(level=level)
         return admissible(self, self._ready(cells), level, seed)
 
     def loadings(self, *, n_draws: int = 500, interval: float = 0.9, seed: int = 0) -> pd.DataFrame:
@@ -1200,7 +1201,7 @@ class Fit:
         from .programmes import loadings
 
         _check_numbers(interval=interval)
-        return loadings(self, _whole("n_draws", n_draws, 2), interval, seed)
+        return loadings(self, whole("n_draws", n_draws, 2), interval, seed)
 
     def top_genes(self, n: int = 10, *, n_draws: int = 500, interval: float = 0.9, seed: int = 0) -> pd.DataFrame:
         """The ``n`` genes of largest absolute mean loading of each factor; arguments and errors as `loadings`.
@@ -1213,7 +1214,7 @@ class Fit:
         from .programmes import top_genes
 
         _check_numbers(interval=interval)
-        return top_genes(self, _whole("n", n, 1), _whole("n_draws", n_draws, 2), interval, seed)
+        return top_genes(self, whole("n", n, 1), whole("n_draws", n_draws, 2), interval, seed)
 
     def factors(self, cells: Cells | anndata.AnnData, *, n_draws: int = 500, seed: int = 0) -> pd.DataFrame:
         """(N, K) posterior means of the factors of each cell, in the order and with the signs of `loadings`.
@@ -1222,7 +1223,7 @@ class Fit:
         """
         from .programmes import scores
 
-        return scores(self, self._ready(cells), _whole("n_draws", n_draws, 2), seed)
+        return scores(self, self._ready(cells), whole("n_draws", n_draws, 2), seed)
 
     def accessibility(
         self,
@@ -1340,7 +1341,7 @@ class Fit:
             _check_numbers(delta=delta, fdr=given["fdr"], interval=given["interval"], library=library)
             if library is not None and not library > 0:
                 raise ValueError(f"library must be a positive number of fragments, not {library!r}")
-            given["n_draws"] = _whole("n_draws", given["n_draws"], 2)
+            given["n_draws"] = whole("n_draws", given["n_draws"], 2)
             for name in ("resample", "residual", "shrink"):
                 if not isinstance(given[name], (bool, np.bool_)):
                     raise TypeError(f"{name} is True or False, not {given[name]!r}")
@@ -1376,7 +1377,7 @@ class Fit:
             If the story has no such site, it is observed, or the draws would not fit into memory.
         """
         cells = self._ready(cells)
-        n_draws = _whole("n_draws", n_draws, 1)
+        n_draws = whole("n_draws", n_draws, 1)
         is_global = False
 
         def ask(block: Cells, trace: poutine.Trace, n: int | None) -> Tensor:
@@ -1416,7 +1417,7 @@ class Fit:
 
         Local terms only; the KL of global sites, once for a data set, is in the history.
         """
-        n_draws = _whole("n_draws", n_draws, 1)
+        n_draws = whole("n_draws", n_draws, 1)
 
         def ask(block: Cells) -> Tensor:
             return torch.stack([elbo_terms(self.program, block).local for _ in range(n_draws)]).mean(0).cpu()
@@ -1437,7 +1438,7 @@ class Fit:
 
     def log_weights(self, cells: Cells | anndata.AnnData, n_draws: int = 1000, *, seed: int = 0) -> Iterator[Tensor]:
         """Log importance weights log p(x, z) - log q(z | x), (S, n) float64, block by block of cells."""
-        n_draws = _whole("n_draws", n_draws, 1)
+        n_draws = whole("n_draws", n_draws, 1)
         cells = self._ready(cells).to(self.device, torch.float64)
         program = self.program.copy().double()
 
@@ -1483,7 +1484,7 @@ class Fit:
         """
         from .prediction import to_arviz
 
-        return to_arviz(self, self._ready(cells), _whole("n_draws", n_draws, 1), sites, seed)
+        return to_arviz(self, self._ready(cells), whole("n_draws", n_draws, 1), sites, seed)
 
     def predictive(self, n_draws: int, return_sites: Sequence[str] | None = None) -> Predictive:
         """Pyro's own Predictive: latent sites from the guide, counts drawn anew.
@@ -1506,7 +1507,7 @@ class Fit:
         return Predictive(
             poutine.uncondition(self.program.model),
             guide=self.program.guide,
-            num_samples=_whole("n_draws", n_draws, 1),
+            num_samples=whole("n_draws", n_draws, 1),
             return_sites=return_sites,
         )
 
@@ -1830,18 +1831,12 @@ def _check_numbers(**numbers: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not np.isfinite(value):
             what = "a positive number, such as 1e4" if name == "scale" else "a number"
             raise ValueError(f"{name} must be {what}, not {value!r}")
-        if name in ("interval", "fdr") and not 0 < value < 1:
+        if name in ("interval", "fdr", "level") and not 0 < value < 1:
             raise ValueError(f"{name} must be between 0 and 1, not {value!r}")
         if name == "scale" and not value > 0:
             raise ValueError(f"scale must be a positive number, such as 1e4, not {value!r}")
         if name in ("delta", "pseudocount") and value < 0:
             raise ValueError(f"{name} must be at least 0, not {value!r}")
-
-
-def _whole(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
-    return int(value)
 
 
 def _mean(law: Any) -> Tensor:

@@ -12,7 +12,6 @@ for how far the cells at hand are moved.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,24 +24,12 @@ from .cells import Cells
 from .errors import ProgramError
 from .loading import blocks
 from .networks import Encoder
-from .parts import Part
+from .parts import Part, positive, whole
 from .schema import Schema
 
 # Guides start near "no effect": from wide ones, effects of what was noise were still there after 1,400 steps.
 _START_SD, _START_SCALE, _START_DIRECTION = 0.1, 0.05, 0.5
 _START_LOGIT = 2.0  # sd of the logits of shares of archetypes
-
-
-def _whole(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
-    return int(value)
-
-
-def _positive(name: str, value: Any, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a positive number, not {value!r}: it is {what}")
-    return float(value)
 
 
 class SampleEffects(Part):
@@ -70,9 +57,9 @@ class SampleEffects(Part):
         self, n_archetypes: int = 6, n_effect: int | None = 20, scale: float = 1.0, *, centred: bool = True
     ) -> None:
         super().__init__(
-            n_archetypes=_whole("n_archetypes", n_archetypes),
-            n_effect=None if n_effect is None else _whole("n_effect", n_effect),
-            scale=_positive("scale", scale, "the sd of a half-normal"),
+            n_archetypes=whole("n_archetypes", n_archetypes),
+            n_effect=None if n_effect is None else whole("n_effect", n_effect),
+            scale=positive("scale", scale, "the sd of a half-normal"),
             centred=bool(centred),
         )
 
@@ -150,7 +137,7 @@ class Directions(Part):
     prior_sd: Tensor  # (K, G)
 
     def __init__(self, sd: float = 0.3) -> None:
-        super().__init__(sd=_positive("sd", sd, "that of log fold changes a unit of effect"))
+        super().__init__(sd=positive("sd", sd, "that of log fold changes a unit of effect"))
 
     @property
     def uses(self) -> tuple[str, ...]:
@@ -183,7 +170,7 @@ class Archetypes(Part):
     """
 
     def __init__(self, n_hidden: int = 32) -> None:
-        super().__init__(n_hidden=_whole("n_hidden", n_hidden))
+        super().__init__(n_hidden=whole("n_hidden", n_hidden))
 
     @property
     def uses(self) -> tuple[str, ...]:

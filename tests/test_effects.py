@@ -755,7 +755,7 @@ def test_ensembles_answer_about_pairs_of_cells_and_batches(ensemble, cells, monk
 def test_effects_that_differ_between_batches_are_averaged():
     lfc = np.concatenate([np.full((50, 3), 0.8), np.full((50, 3), -1.4)]) + 0.01 * np.arange(100)[:, None]
 
-    found = effects._about_their_mean(lfc, [50, 50])
+    found = effects.about_their_mean(lfc, [50, 50])
 
     np.testing.assert_allclose(found.mean(0), lfc.mean(0))
     assert found.std() < 0.2

@@ -26,7 +26,8 @@ from torch import Tensor
 from ..cells import Cells
 from ..counts import require_memory
 from ..draws import by_draws
-from ..posterior import Fit, _whole
+from ..parts import whole
+from ..posterior import Fit
 from ..program import Program
 from ..schema import did_you_mean, listed
 from .compare import dropped, require_thinned_alike
@@ -100,7 +101,7 @@ def posterior_predictive(
         If a statistic is unknown or answers another shape, a replicate would not fit into memory, or these are the
         cells of the fit and another ``seed`` thins them otherwise than they were.
     """
-    n_draws = _whole("n_draws", n_draws, 20)
+    n_draws = whole("n_draws", n_draws, 20)
     ready, observed, fraction = _halves(fit, cells, seed)
     if fraction < 1:
         replicates = _dropped(fit, ready, observed, fraction, n_draws, seed)
@@ -157,7 +158,7 @@ def pit(
     """
     from ..prediction import law_of_counts, tails
 
-    n_draws = _whole("n_draws", n_draws, 1)
+    n_draws = whole("n_draws", n_draws, 1)
     if not 0 < zeros <= 1:
         raise ValueError(f"zeros must be above 0 and at most 1, not {zeros!r}")
     kept, rest, fraction = _halves(fit, cells, seed)
@@ -202,7 +203,7 @@ def prior_predictive(
     Before a fit it shows what starting values imply; after one, holes of the prior of states that no cell falls into
     (sites that all cells share are then drawn from their posterior).
     """
-    n_draws = _whole("n_draws", n_draws, 20)
+    n_draws = whole("n_draws", n_draws, 20)
     story = program.program if isinstance(program, Fit) else program
     ready = Cells.align(cells, story.schema)
 

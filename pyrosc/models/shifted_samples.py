@@ -129,6 +129,6 @@ def shifted_samples(
         encoder=Encoder(n_latent, n_hidden, n_layers, dropout),
     )
     program = Program(model, cells, guide, seed=seed, **(defaults | parts))
-    if program._sizes.get("n_archetypes") != 1:
+    if getattr(program.parts["effects"], "sizes", {}).get("n_archetypes") != 1:
         raise ProgramError("shifted_samples moves all cells of a sample alike: give it effects=SampleEffects(1, None)")
     return program
