@@ -501,7 +501,7 @@ def donor_table(draw, shift, n_donors, is_paired, by_donor=0.4, n_genes=150):
 @pytest.mark.parametrize("is_paired", [True, False])
 def test_donors_without_an_effect_are_left_in_peace(is_paired, monkeypatch):
     draw = np.random.default_rng(0)
-    monkeypatch.setattr(effects, "_finish", lambda table, *a: table.assign(is_de=table["expected_fdp"] <= 0.05))
+    monkeypatch.setattr(effects, "finished", lambda table, *a: table.assign(is_de=table["expected_fdp"] <= 0.05))
     monkeypatch.setattr(effects, "_counts_of", lambda cells, mask: (np.ones(150),))
     null, found, p_values = [], [], []
     for _ in range(60):
@@ -539,7 +539,7 @@ def one_table(sums, donors, group, obs=None, design=(), pair_of=None):
 @pytest.mark.parametrize("is_paired", [True, False])
 def test_donors_are_compared_by_least_squares(is_paired, monkeypatch):
     """The t of two samples, that of pairs, and least squares with a covariate, before variances are moderated."""
-    monkeypatch.setattr(effects, "_finish", lambda table, *a: table)
+    monkeypatch.setattr(effects, "finished", lambda table, *a: table)
     monkeypatch.setattr(effects, "_counts_of", lambda cells, mask: (np.ones(150),))
     monkeypatch.setattr(effects, "moderated", lambda v, df, *a: (v, np.full_like(v, df)))
     sums, donors, group = donor_table(np.random.default_rng(3), np.zeros(150), 6, is_paired)
