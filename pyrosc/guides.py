@@ -155,6 +155,20 @@ def _settled(support: Any, n_cells: int | None) -> Any:
     return _rebuilt(support, fixed)
 
 
+def settled_support(fn: Any, n_cells: int) -> Any:
+    """The support of a site's law, the same for all of so many cells.
+
+    Raises
+    ------
+    ProgramError
+        If it differs between them.
+    """
+    found = _settled(_support(fn), n_cells)
+    if found is None:
+        raise ProgramError(f"the support of {law_of(fn)} differs from cell to cell")
+    return found
+
+
 def _rebuilt(support: Any, bounds: list[Any]) -> Any:
     """A support with other bounds."""
     inner = plain_support(support)
