@@ -13,6 +13,7 @@ from .dispersions import (
     NoDispersion,
     TrendPrior,
 )
+from .encoders import FlowEncoder, FullRankEncoder
 from .errors import FitError, ProgramError, PyroscWarning
 from .fragments import count_kind, reads_to_fragments
 from .labels import Classifier, LabelPrior, TypeNormal
@@ -58,6 +59,8 @@ __all__ = [  # noqa: RUF022
     "VampPrior",
     "FlowPrior",
     "Encoder",
+    "FullRankEncoder",
+    "FlowEncoder",
     "Decoder",
     "LinearDecoder",
     "NormalLoadings",

@@ -85,8 +85,7 @@ class CellPosterior:
         self.program, self.n_copies, self.n_cells = program, n_copies, len(cells)
         rows = torch.arange(len(cells), device=cells.device).repeat(n_copies)
         self.cells = cells.rows(rows, whole=True)
-        with torch.random.fork_rng(devices=[cells.device] if cells.device.type == "cuda" else []), torch.no_grad():
-            torch.manual_seed(seed)
+        with program.driven(seed), torch.no_grad():
             shared = draw_guide(program, cells.rows(rows[:1], whole=True))
             first = draw_guide(program, self.cells, shared=sites_of_all(shared))
         self._nodes: dict[str, Any] = {}

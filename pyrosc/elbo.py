@@ -25,6 +25,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from .cells import Cells
+from .encoders import FullRankNormal
 from .guides import is_computed, is_enumerated
 from .program import Program, analytic_kl
 
@@ -69,6 +70,8 @@ def still(law: Any) -> Any:
     """
     if type(law) in (Normal, LogNormal):
         return type(law)(law.loc.detach(), law.scale.detach(), validate_args=False)
+    if type(law) is FullRankNormal:
+        return FullRankNormal(law.loc.detach(), scale_tril=law.scale_tril.detach(), validate_args=False)
     if isinstance(law, Independent):
         return Independent(still(law.base_dist), law.reinterpreted_batch_ndims, validate_args=False)
     if type(law) is MaskedDistribution:

@@ -37,6 +37,7 @@ from .dispersions import (
     NoDispersion,
     TrendPrior,
 )
+from .encoders import FlowEncoder, FullRankEncoder
 from .errors import PyroscWarning
 from .labels import Classifier, LabelPrior, TypeNormal
 from .libraries import GivenLibrary, LatentLibrary, ObservedLibrary
@@ -75,7 +76,7 @@ PARTS: dict[str, type[Part]] = {
         NBLikelihood, ZINBLikelihood, PoissonLikelihood, Encoder, Decoder, LinearDecoder,
         LabelPrior, Classifier, TypeNormal, SampleEffects, Directions, Archetypes, SampleEncoder, SampleNormal,
         NormalLoadings, HorseshoeLoadings, NonNegativeLoadings, LoadingsDecoder,
-        BernoulliLikelihood, RegionDecoder,
+        BernoulliLikelihood, RegionDecoder, FullRankEncoder, FlowEncoder,
     )
 }  # fmt: skip
 

@@ -31,6 +31,7 @@ from torch import nn
 
 from ..cells import Cells
 from ..dispersions import GeneDispersion
+from ..encoders import state_law
 from ..libraries import GivenLibrary, ObservedLibrary
 from ..likelihoods import NBLikelihood
 from ..networks import Decoder
@@ -88,12 +89,11 @@ def guide(cells: Cells, *, posterior: Any, encoder: Any) -> None:
     Parts
     -----
     posterior : draws effects and directions
-    encoder : cells -> mean and standard deviation of a cell's state, each (n, L)
+    encoder : cells -> law of a cell's state, event shape (L,); or its mean and standard deviation, each (n, L)
     """
     posterior()
     with cells.plate():
-        loc, scale = encoder(cells)
-        pyro.sample("u", dist.Normal(loc, scale).to_event(1))
+        pyro.sample("u", state_law(encoder, cells))
 
 
 def mrvi(

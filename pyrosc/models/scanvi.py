@@ -29,6 +29,7 @@ from torch import nn
 
 from ..cells import Cells
 from ..dispersions import GeneDispersion
+from ..encoders import state_law
 from ..errors import ProgramError
 from ..labels import Classifier, LabelPrior, TypeNormal
 from ..libraries import GivenLibrary, ObservedLibrary
@@ -76,14 +77,13 @@ def guide(cells: Cells, *, encoder: Any, labels: Any, classifier: Any, within: A
 
     Parts
     -----
-    encoder : cells -> mean and standard deviation of a cell's state, each (n, K)
+    encoder : cells -> law of a cell's state, event shape (K,); or its mean and standard deviation, each (n, K)
     labels : the model's, for what is known of a cell's type
     classifier : state -> log odds of types (..., n, C)
     within : state and type -> mean and standard deviation of variation within it, each (..., n, K)
     """
     with cells.plate():
-        loc, scale = encoder(cells)
-        z = pyro.sample("z", dist.Normal(loc, scale).to_event(1))
+        z = pyro.sample("z", state_law(encoder, cells))
         logits, seen = classifier(z), labels.evidence(cells)
         y = pyro.sample("y", classifier.law(logits, seen), infer={"enumerate": "parallel"})
         loc, scale = within(z, y)

@@ -23,6 +23,7 @@ from torch import nn
 
 from ..cells import Cells
 from ..dispersions import GeneDispersion
+from ..encoders import state_law
 from ..libraries import GivenLibrary, ObservedLibrary
 from ..likelihoods import NBLikelihood
 from ..networks import Decoder, Encoder
@@ -68,11 +69,10 @@ def guide(cells: Cells, *, encoder: Any) -> None:
 
     Parts
     -----
-    encoder : cells -> mean and standard deviation of a cell's state, each (n, K)
+    encoder : cells -> law of a cell's state, event shape (K,); or its mean and standard deviation, each (n, K)
     """
     with cells.plate():
-        loc, scale = encoder(cells)
-        pyro.sample("z", dist.Normal(loc, scale).to_event(1))
+        pyro.sample("z", state_law(encoder, cells))
 
 
 def scvi(
