@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .cells import Cells
 from .counts import logger, require_memory
-from .elbo import Enumerated, draws_plate, follow, in_cells, of_cells, weighed
+from .elbo import Enumerated, draws_plate, follow, in_cells, of_cells, still, weighed
 from .errors import ProgramError
 from .guides import is_computed
 from .isolation import checked_seed
@@ -284,8 +284,13 @@ def by_block(
     return answers()
 
 
-def log_weight(program: Program, guide: poutine.Trace, block: Cells, n_draws: int | None = None) -> Tensor:
-    """(S, n) log p - log q over the sites of each cell; global ones are drawn from the guide and left at that."""
+def log_weight(
+    program: Program, guide: poutine.Trace, block: Cells, n_draws: int | None = None, *, path_gradients: bool = False
+) -> Tensor:
+    """(S, n) log p - log q over the sites of each cell; global ones are drawn from the guide and left at that.
+
+    With ``path_gradients`` log q has its gradient through the draws alone (`elbo.still`).
+    """
     model = follow(program, guide, block, n_draws)
     weight = block.library.new_zeros(1, len(block))
     summed = summed_out(program, model, block, n_draws)
@@ -299,7 +304,8 @@ def log_weight(program: Program, guide: poutine.Trace, block: Cells, n_draws: in
                 and name not in program.enumerated
                 and not summed.concerns(site)
             ):
-                value = weighed(site["fn"].log_prob(site["value"]), site, block)
+                law = still(site["fn"]) if path_gradients and trace is guide else site["fn"]
+                value = weighed(law.log_prob(site["value"]), site, block)
                 weight = weight + sign * of_cells(value, int(n_draws is not None))
     if program.enumerated:
         weight = weight + summed.table().logsumexp(0)

@@ -26,7 +26,8 @@ from .draws import Importance, by_block, by_draws, draw_guide, in_front, log_wei
 from .elbo import elbo_terms, in_cells
 from .errors import ProgramError, PyroscWarning
 from .guides import is_computed
-from .parts import whole
+from .isolation import checked_seed
+from .parts import positive, whole
 from .program import Program
 from .schema import Schema, did_you_mean, listed
 
@@ -1448,6 +1449,58 @@ class Fit:
             return torch.cat([log_weight(program, draw_guide(program, block, n), block, n) for n in each]).cpu()
 
         return by_block(program, [cells], n_draws * 2 * program.n_combinations, seed, ask)
+
+    def refine(
+        self, cells: Cells | anndata.AnnData, *, family: str = "normal", steps: int = 100, n_draws: int = 2,
+        lr: float = 0.2, seed: int = 0, progress: bool = True,
+    ) -> Fit:  # fmt: skip
+        """This fit with a better guess of the latent numbers of these cells; weights, and this fit, stay as they are.
+
+        Use it where `check.summary` finds that the encoder is not as good as its family (the amortisation gap), or for
+        the few cells that matter. Each cell's guess is improved from the encoder's by gradient steps on its own ELBO;
+        everything asked of the new fit then takes it: draws, expression, effects, intervals.
+
+        Parameters
+        ----------
+        cells : whose guess is refined; those refined before keep theirs
+        family : "normal" (independent normals, as the encoder's), or "full" (a covariance matrix for each site)
+        steps : natural gradient steps of each cell
+        n_draws : of a cell at each step
+        lr : rate at the first step, which falls to zero: no step moves a guess by more than this share of its sd
+        seed : the result is random through it
+
+        Returns
+        -------
+        Fit
+            ``settings["refined"]`` says of how many cells, and their mean ELBO before and after, each by 64 draws. A
+            cell whose ELBO did not rise keeps the encoder's guess. Cells that were not refined have it too, with a
+            warning. Cells are known by their counts and columns.
+
+        Raises
+        ------
+        ValueError
+            If an argument is out of range.
+        ProgramError
+            If the guide draws no normal of each cell, nor anything made from one.
+
+        Warns
+        -----
+        PyroscWarning
+            If the ELBO was still rising at the end.
+
+        Notes
+        -----
+        `refinement` has the mathematics. Time is that of ``steps x n_draws`` decodings of each cell and their
+        gradients. Discrete sites that the guide draws, and global ones, stay as they are. `Fit.save` keeps the result.
+        """
+        from .corrections import FAMILIES
+        from .refinement import refine
+
+        if family not in FAMILIES:
+            raise ValueError(f"family must be one of {listed(FAMILIES)}, not {family!r}")
+        ready = self._ready(cells)
+        steps, n_draws = whole("steps", steps, 1), whole("n_draws", n_draws, 1)
+        return refine(self, ready, family, steps, n_draws, positive("lr", lr), checked_seed(seed), progress)
 
     def to_arviz(
         self,

@@ -18,7 +18,7 @@ import math
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -93,6 +93,7 @@ class Program(nn.Module):
         self.parts = Parts()
         self.completion = Completion()
         self._quiet = False
+        self.corrections: Any = None  # of single cells, where a fit was refined
         self.entries: dict[str, Tensor] = {}  # of parameters, by name: the only ones that are trained, where not all
         self._sizes: dict[str, int] = {}
         self.enumerated: list[str] = []  # discrete sites that the story sums out
@@ -329,9 +330,10 @@ class Program(nn.Module):
         """Its guide: completed globals, the guide function, completed sites of cells."""
         self._announce()
         cells = cells.running()
-        self.completion.draw_globals(cells)
-        self._by_hand(cells)
-        self.completion.draw_locals(cells, self.parts["encoder"] if "encoder" in self.parts else None)
+        with nullcontext() if self.corrections is None or self.training else self.corrections.of(cells):
+            self.completion.draw_globals(cells)
+            self._by_hand(cells)
+            self.completion.draw_locals(cells, self.parts["encoder"] if "encoder" in self.parts else None)
 
     def _by_hand(self, cells: Cells) -> None:
         if self._guide is not None:
@@ -403,6 +405,7 @@ class Program(nn.Module):
         kept, given = dict(self.parts.items()), _without_none(parts)
         self._check_names(kept | given)
         new = self.copy()
+        new.corrections = None  # they were of the guide as it was
         new._assemble(given)
         return new.eval()
 
@@ -417,6 +420,7 @@ class Program(nn.Module):
         for name, part in self.parts.items():
             new.parts[name] = copy.deepcopy(part, seen)
         new.completion = copy.deepcopy(self.completion, seen)
+        new.corrections = copy.deepcopy(self.corrections)
         new._quiet = False
         return new
 

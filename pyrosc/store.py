@@ -28,6 +28,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from .cells import Cells
+from .corrections import Corrections
 from .dispersions import (
     BatchDispersion,
     CellDispersion,
@@ -141,6 +142,12 @@ def _described(fit: Fit) -> dict[str, Any]:
         "sites": _sites(program),
         "seed": program.seed,
         "members": len(fit.members),
+        "corrections": None
+        if program.corrections is None
+        else {
+            "sizes": program.corrections.sizes,
+            "family": program.corrections.family,
+        },
         "parts": {name: _part(part) for name, part in program.parts.items()},
         "schema": program.schema.to_json(),
         "settings": _finite(fit.settings),
@@ -263,12 +270,9 @@ def load(
     if strange:
         raise ValueError(f"{path.name} has no part {listed(sorted(strange))}; its parts: {listed(parts, 20)}")
     program = Program(functions[0], Cells.empty(schema), functions[1], seed=held["seed"], **parts)
-    _fill(
-        program,
-        {k: v for k, v in tensors.items() if not k.startswith((_MEMBER, *_MARKS.values()))},
-        held["frozen"],
-        path,
-    )
+    own = {k: v for k, v in tensors.items() if not k.startswith((_MEMBER, *_MARKS.values()))}
+    _with_corrections(program, held, own)
+    _fill(program, own, held["frozen"], path)
     sites = _sites(program)
     if sites != held["sites"]:
         raise ValueError(f"the story's sites are {sites}, but {path.name} was saved with {held['sites']}")
@@ -278,8 +282,9 @@ def load(
     members = []
     for i in range(held.get("members", 0)):
         prefix = f"{_MEMBER}{i}."
-        member = program.copy()
-        _fill(member, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, [], path)
+        member, own = program.copy(), {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        _with_corrections(member, held, own)
+        _fill(member, own, [], path)
         members.append(member.to(device))
     marks = {name: _marks(tensors, start) for name, start in _MARKS.items()}
     return Fit(program.to(device), history, held["settings"], members, **marks)
@@ -409,6 +414,13 @@ def _compare(name: str, own: Tensor | None, held: Tensor | None, path: Path) -> 
             f"{name.removeprefix('parts.')}: the part as handed in has shape {here}, {path.name} holds {there}. "
             "Make it as it was for the fit."
         )
+
+
+def _with_corrections(program: Program, held: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Room for the corrections of refined cells, as many as the file has."""
+    said = held.get("corrections")
+    if said is not None and "corrections.keys" in tensors:
+        program.corrections = Corrections(said["sizes"], said["family"], len(tensors["corrections.keys"]))
 
 
 def _fill(program: Program, tensors: dict[str, Tensor], frozen: list[str], path: Path) -> None:

@@ -38,9 +38,10 @@ from .errors import FitError, PyroscWarning
 from .guides import is_computed
 from .isolation import checked_seed
 from .loading import blocks, minibatches, n_batches_of
-from .objective import KLWeight, MeanFieldELBO
+from .objective import IWAE, KLWeight, MeanFieldELBO
 from .optim import FusedClippedAdam
 from .overlap import Landmarks
+from .parts import whole
 from .posterior import Fit
 from .program import Program
 from .schema import did_you_mean, listed
@@ -79,8 +80,10 @@ def fit(
     patience: int | None = 15,
     weight_decay: float | None = None,
     clip_norm: float = 10.0,
-    objective: ELBO | None = None,
+    objective: ELBO | str | None = None,
+    k: int = 10,
     ensemble: int = 0,
+    refine: int = 0,
     seed: int | None = 0,
     device: str | torch.device = "auto",
     progress: bool = True,
@@ -110,10 +113,15 @@ def fit(
         and 700 / N it had the best held-out ELBO on two of three data sets (benchmarks/README.md).
     clip_norm : bound on each element of the gradient, in nats per cell (ClippedAdam's clamp)
     objective : any ``pyro.infer.ELBO`` with a ``differentiable_loss``; None takes `MeanFieldELBO`
-        Such as ``TraceMeanField_ELBO()``, which ours equals but for speed and noise.
+        Such as ``TraceMeanField_ELBO()``, which ours equals but for speed and noise. "iwae" is the importance-weighted
+        bound of each cell by ``k`` draws (`IWAE`): a guide that is wide where it cannot be right, whose draws can be
+        reweighed (``importance=``); a step takes longer, and held-out cells are judged by that bound. A guide trained
+        so is no best guess by itself: ask for its draws with weights.
+    k : draws a cell of ``objective="iwae"``, at least 2
     ensemble : number of refits on resampled donors (``sample=``; cells where they are not known), 0 for none
         Each starts from the fit and runs half as many epochs. Intervals of expression and of effects then hold the
         uncertainty of the decoder; without refits they hold that of the state alone, and are too narrow.
+    refine : steps by which the guide of each training cell is refined at the end (`Fit.refine`), 0 for none
     seed : of the split, the order and the draws; None draws one and keeps it in ``settings``
     device : "auto" (CUDA where there is one), or a torch device
     progress : whether to show a bar
@@ -124,7 +132,8 @@ def fit(
         With the weights of the best epoch. ``history`` has a row an epoch: ``train_elbo`` and
         ``validation_elbo`` (nats per cell at KL weight 1), ``reconstruction``, ``kl_<site>``,
         ``kl_weight``, ``lr``, ``cells_per_second``, ``active_units`` (latents whose posterior mean
-        varies over cells by more than 0.01), ``seconds``, ``skipped_steps``; ``factors``, what factors of the
+        varies over cells by more than 0.01), ``seconds``, ``skipped_steps``; with "iwae" ``train_iwae`` and
+        ``validation_iwae``; ``factors``, what factors of the
         guide add to the objective, such as the log probability of known labels, where it has some.
 
     Raises
@@ -158,7 +167,9 @@ def fit(
     if global_lr is None:
         global_lr = min(10 * lr, 1.0) if isinstance(lr, numbers.Real) else lr
     _check_arguments(epochs, batch_size, lr, global_lr, schedule, warmup, patience, weight_decay, clip_norm, ensemble)
-    _check_objective(objective, program)
+    if isinstance(refine, bool) or not hasattr(refine, "__index__") or refine < 0:
+        raise ValueError(f"refine must be 0 for none, or a whole number of steps, such as 300, not {refine!r}")
+    bound = _objective(objective, k, program)
     place = _device(device)
     if not isinstance(cells, Cells):
         cells = Cells.align(cells, program.schema)
@@ -189,11 +200,13 @@ def fit(
         "clip_norm": float(clip_norm), "seed": seed,
     }  # fmt: skip
     dtype, stay = program.dtype, _counts_stay(cells, place)
+    fresh = program.copy().to(place)
+    fresh.corrections = None  # of cells that were refined: weights will be others
     run = _Run(
-        program.copy().to(place),
+        fresh,
         train.to(place, dtype, keep_counts=stay),
         None if held_out is None else held_out.to(place, dtype, keep_counts=stay),
-        given, objective,
+        given, bound,
     )  # fmt: skip
     if not any(p.requires_grad for p in run.program.parameters()):
         raise ValueError("every weight is frozen (requires_grad=False), so there is nothing to fit")
@@ -219,13 +232,16 @@ def fit(
     result.landmarks, result.examples = Landmarks.of(result, cells, seed), Landmarks.of_labels(result, cells, seed)
     _remarks(result, run)
     if ensemble and run.state != "interrupted":
-        _refit(result, cells, ensemble, validation, objective, device, progress)
+        _refit(result, cells, ensemble, validation, objective, k, device, progress)
+    if refine and run.state != "interrupted":
+        return result.refine(cells, steps=refine, seed=seed, progress=progress)
     return result
 
 
 def _refit(
-    result: Fit, cells: Cells, n_members: int, validation: Any, objective: ELBO | None, device: Any, progress: bool
-) -> None:
+    result: Fit, cells: Cells, n_members: int, validation: Any, objective: ELBO | str | None, k: int, device: Any,
+    progress: bool,
+) -> None:  # fmt: skip
     """Give a fit its members: refits on resampled donors, or cells, that start from it.
 
     They end after half its epochs: a choice by held-out cells would bring each back to where it started from.
@@ -249,7 +265,7 @@ def _refit(
             warnings.simplefilter("ignore", PyroscWarning)
             refit = fit(
                 result.program, cells[np.sort(drawn)], epochs=max(1, given["best_epoch"] // 2), warmup=0.0,
-                validation=None, objective=objective, seed=int(draw.integers(2**31)), device=device,
+                validation=None, objective=objective, k=k, seed=int(draw.integers(2**31)), device=device,
                 progress=progress, **options,
             )  # fmt: skip
         if refit.settings["state"] == "interrupted":
@@ -315,18 +331,22 @@ def _check_arguments(
         raise ValueError(f"clip_norm must be positive, not {clip_norm!r}")
 
 
-def _check_objective(objective: Any, program: Program) -> None:
+def _objective(objective: Any, k: Any, program: Program) -> ELBO | IWAE | None:
+    """What is to be maximised; None for our own ELBO."""
     if objective is None:
-        return
-    if not isinstance(objective, ELBO):
+        return None
+    if isinstance(objective, str) and objective != "iwae":
+        raise ValueError(f'objective must be None, "iwae" or a pyro.infer.ELBO, not {objective!r}')
+    if not isinstance(objective, ELBO | str):
         raise ValueError(f"objective must be a pyro.infer.ELBO, such as TraceMeanField_ELBO(), not {objective!r}")
-    if not hasattr(objective, "differentiable_loss"):
+    if isinstance(objective, ELBO) and not hasattr(objective, "differentiable_loss"):
         raise ValueError(f"objective: {type(objective).__name__} has no differentiable_loss, which training needs")
     if program.has_own_bound:
         raise ValueError(
             f"objective: this story sums out {listed(program.enumerated + program.guided_sums)}, or its guide adds a "
             "factor, by a bound of its own; leave objective=None"
         )
+    return IWAE(whole("k", k, 2)) if isinstance(objective, str) else objective
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -396,7 +416,7 @@ class _Run:
         train: Cells,
         held_out: Cells | None,
         given: dict[str, Any],
-        objective: ELBO | None = None,
+        objective: ELBO | IWAE | None = None,
     ) -> None:
         self.program, self.train, self.held_out, self.given = program, train, held_out, given
         self.rows: list[dict[str, float]] = []
@@ -414,7 +434,7 @@ class _Run:
         self.settings: dict[str, Any] = {"n_cells": len(train), "n_held_out": 0 if held_out is None else len(held_out)}
         self.good = self._weights()
         self.elbo: Any = MeanFieldELBO(max_plate_nesting=program.n_plates) if objective is None else objective
-        self.settings["objective"] = type(self.elbo).__name__
+        self.settings["objective"] = str(self.elbo) if isinstance(self.elbo, IWAE) else type(self.elbo).__name__
         self.kl = KLWeight(keep=not isinstance(self.elbo, MeanFieldELBO))
         self.model, self.guide = self.kl(program.model), self.kl(program.guide)
         self.total_steps = given["epochs"] * n_batches_of(len(train), given["batch_size"])
@@ -422,11 +442,14 @@ class _Run:
     def _weights(self) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in self.program.state_dict().items()}
 
-    def loss(self, batch: Cells) -> tuple[Tensor, dict[str, Tensor]]:
-        """Minus the weighted ELBO in nats per cell, and the KL of each site in nats per cell."""
+    def loss(self, batch: Cells) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Minus the weighted bound, the KL of each site, and the reconstruction, all in nats per cell."""
+        if isinstance(self.elbo, IWAE):
+            return self.elbo.loss(self.program, batch, self.weight or 1.0)
         if not self.program.has_own_bound:
             loss = self.elbo.differentiable_loss(self.model, self.guide, batch) / batch.total
-            return loss, (self.kl if self.kl.keep else self.elbo).kl_terms(batch.total)
+            kls = (self.kl if self.kl.keep else self.elbo).kl_terms(batch.total)
+            return loss, kls, self._reconstruction(loss, kls)
         # TraceMeanField_ELBO does not know of sites that are summed out, nor of factors in a guide.
         terms = elbo_terms(self.program, batch)
         kls = {name: term.mean() for name, term in terms.local_kl.items()}
@@ -437,7 +460,11 @@ class _Run:
         if terms.side is not None:
             side = terms.side.mean() if self.labelled is None else self._side()
             loss, self.side = loss - side, side.detach()
-        return loss, {name: term.detach() for name, term in kls.items()}
+        kls = {name: term.detach() for name, term in kls.items()}
+        return loss, kls, self._reconstruction(loss, kls)
+
+    def _reconstruction(self, loss: Tensor, kls: dict[str, Tensor]) -> Tensor:
+        return self.kl.weight * sum(kls.values(), loss.new_zeros(())) - loss.detach() - self.side
 
     def _find_labelled(self) -> None:
         """Whether factors of the guide are 0 for cells without a label, as those of a classifier are."""
@@ -479,7 +506,8 @@ class _Run:
         self.program.check(few)
         n_weights = sum(p.numel() for p in self.program.parameters())
         # Weights, gradients, two moments, best and last good copy; some 12 dense arrays of a step.
-        memory = 4 * (6 * n_weights + 12 * len(first) * self.train.n_genes)
+        draws = self.elbo.k if isinstance(self.elbo, IWAE) else 1
+        memory = 4 * (6 * n_weights + 12 * draws * len(first) * self.train.n_genes)
         self.settings["estimate"] = {"memory_gb": memory / 1e9}
         if self.train.device.type == "cpu":
             require_memory(memory, "training", "Lower batch_size, or choose fewer genes.")
@@ -540,7 +568,7 @@ class _Run:
                 row = self._epoch(epoch, optimizer, parameters, order, interrupted)
                 self.seconds = time.perf_counter() - began
                 self.rows.append(row | {"seconds": self.seconds})
-                score = row.get("validation_elbo", math.nan)
+                score = row.get("validation_iwae", row.get("validation_elbo", math.nan))
                 if self.weight < 1 or self.held_out is None or self.has_globals:
                     self.good, self.best_epoch = self._weights(), epoch
                 elif score > self.best_elbo:
@@ -578,7 +606,7 @@ class _Run:
             for group in optimizer.param_groups:
                 group["lr"] = group["height"] * share
             self.kl.weight = self.weight = _kl_weight(self.step, self.total_steps, given["warmup"])
-            loss, terms = self.loss(batch)
+            loss, terms, reconstruction = self.loss(batch)
             self.step += 1
             if looks and not bool(torch.isfinite(loss)):
                 raise self._failure(batch, f"the loss became {loss.item():g} at step {self.step}")
@@ -594,10 +622,11 @@ class _Run:
                 optimizer.step(bad=wrong[-1])
             for p in parameters:
                 p.grad = None
-            weighted = sum(terms.values(), loss.new_zeros(()))
             numbers = {f"kl_{name}": term for name, term in terms.items()}
-            numbers["reconstruction"] = self.weight * weighted - loss.detach() - self.side
-            numbers["train_elbo"] = numbers["reconstruction"] - weighted
+            numbers["reconstruction"] = reconstruction
+            numbers["train_elbo"] = reconstruction - sum(terms.values(), loss.new_zeros(()))
+            if isinstance(self.elbo, IWAE):
+                numbers["train_iwae"] = -loss.detach()
             if self.program.has_factors:
                 numbers["factors"] = self.side
             for name, value in numbers.items():
@@ -620,16 +649,21 @@ class _Run:
 
     def _look(self, cells: Cells) -> dict[str, float]:
         """Held-out ELBO at weight 1 (the same draws every epoch) and active units."""
-        local, centres, shared = [], [], 0.0
+        local, weighed, centres, shared = [], [], [], 0.0
         with self.program.driven(self.given["seed"]), torch.no_grad():
             for block in blocks(cells):
                 terms = elbo_terms(self.program, block)
                 centres.append(terms.z_mean)
                 local.append(terms.local)
+                if isinstance(self.elbo, IWAE) and not self.has_globals:
+                    few = blocks(block, self.elbo.k)
+                    weighed += [self.elbo.loss(self.program, some, 1.0)[0] * len(some) for some in few]
                 shared = sum(float(v) for v in terms.global_kl.values()) - float(terms.global_observed)
         looked: dict[str, float] = {}
         if self.held_out is not None:
             looked["validation_elbo"] = float(torch.cat(local).mean()) - shared / len(self.train)
+            if weighed:
+                looked["validation_iwae"] = -float(torch.stack(weighed).sum()) / len(cells)
         known = [c for c in centres if c is not None]
         if len(known) == len(centres) and len(cells) > 1:
             self.spread = torch.cat(known).var(0)

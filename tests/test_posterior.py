@@ -152,7 +152,7 @@ def test_the_likelihood_is_right_where_it_is_known():
 
     # a guide that is not far off: the error of a log mean of 20,000 weights is about 0.01
     np.testing.assert_allclose(found, exact, atol=0.05)
-    assert list(table.columns) == ["log_likelihood", "k_hat", "ess"]
+    assert list(table.columns) == ["log_likelihood", "k_hat", "ess", "is_usable"]
     assert (table["ess"] > 20).all()
 
 
