@@ -87,7 +87,7 @@ def simultaneous_band(n: int, points: int, level: float = 0.95) -> tuple[np.ndar
 
     >>> at, lower, upper = simultaneous_band(1000, 100)
     >>> round(float(max(upper - at)), 3)
-    0.047
+    0.048
     """
     n, points = whole("n", n), whole("points", points, 2)
     if not 0 < level < 1:
@@ -102,18 +102,19 @@ def simultaneous_band(n: int, points: int, level: float = 0.95) -> tuple[np.ndar
 def _gammas(n: int, points: int) -> np.ndarray:
     """(10,000,) gammas of samples of n uniform ranks, in order."""
     draw = np.random.default_rng([n, points])
-    found = []
-    for _ in range(10):
-        counts = draw.multinomial(n, np.full(points, 1 / points), _BANDS // 10).cumsum(1)[:, :-1]
-        found.append(_gamma(counts, n, points))
+    pieces = [draw.multinomial(n, np.full(points, 1 / points), _BANDS // 10).cumsum(1)[:, :-1] for _ in range(10)]
+    if n < _BANDS:  # each number of ranks once
+        tails = _tails(np.arange(n + 1)[:, None], n, points)
+        found = [2 * tails[counts, np.arange(points - 1)].min(-1) for counts in pieces]
+    else:
+        found = [2 * _tails(counts, n, points).min(-1) for counts in pieces]
     return np.sort(np.concatenate(found))
 
 
-def _gamma(counts: np.ndarray, n: int, points: int) -> np.ndarray:
-    """(...) gamma of numbers (..., points - 1) of ranks below j = 1, ..., points - 1."""
+def _tails(counts: np.ndarray, n: int, points: int) -> np.ndarray:
+    """(..., points - 1) the smaller tail of numbers of ranks below j = 1, ..., points - 1."""
     at = np.arange(1, points) / points
-    tails = np.minimum(stats.binom.cdf(counts, n, at), stats.binom.sf(counts - 1, n, at))
-    return 2 * tails.min(-1)
+    return np.minimum(stats.binom.cdf(counts, n, at), stats.binom.sf(counts - 1, n, at))
 
 
 def ecdf(ranks: np.ndarray, n_draws: int) -> np.ndarray:
@@ -182,7 +183,7 @@ def _row(rank: np.ndarray, n_draws: int, level: float) -> tuple[Any, ...]:
     share = ecdf(rank, n_draws)
     deviation = float(np.abs(share - np.arange(1, points) / points).max())
     gammas = _gammas(n, points)
-    gamma = float(_gamma(np.rint(share * n), n, points))
+    gamma = float(2 * _tails(np.rint(share * n), n, points).min())
     inside = bool(gamma >= np.quantile(gammas, 1 - level, method="lower"))
     p = (1 + int(np.searchsorted(gammas, gamma * (1 + 1e-12), side="right"))) / (len(gammas) + 1)
     u = (rank + 0.5) / points - 0.5
@@ -239,8 +240,8 @@ class Calibration:
         s, a = self.settings, self.table.attrs
         return (
             f"Calibration({s['story']}, around the {s['around']}: {s['n_simulations']:,} cells x {s['n_draws']} draws, "
-            f"{len(self.table)} scalars, {a['share_below']:.0%} deviate less than {_LIMIT:g}, {a['n_outside']} outside "
-            f"their {a['level']:.0%} bands ({a['expected_outside']:.1f} expected))"
+            f"{len(self.table)} scalars, {a['share_below']:.0%} below the limit, {a['n_outside']} outside their "
+            f"{a['level']:.0%} bands ({a['expected_outside']:.1f} expected))"
         )
 
     def coverage(self, levels: Sequence[float] = _LEVELS, *, seed: int = 0) -> pd.DataFrame:
@@ -304,8 +305,8 @@ def calibration(
 
     Notes
     -----
-    What is judged is the guide's posterior of a cell's own sites. Weights are as fitted, and sites of all cells together
-    are held, in story and guide, at one draw from their guide. Of an ensemble the fit itself is judged.
+    What is judged is the guide's posterior of a cell's own sites. Weights are as fitted; sites of all cells are
+    held, in story and guide, at one draw from their guide. Of an ensemble the fit itself is judged.
 
     Where the story takes the observed total as known (``cells.library``), measured cells have counts that add up to it
     and guides are trained on nothing else, while simulated counts add up to it on average only: by 5 to 30 % more or
@@ -313,10 +314,10 @@ def calibration(
     what it is: ranks of an exact guide stay uniform. Where the story does not read the total, the observed total of a
     simulated cell is its own.
 
-    "posterior" simulates z* from the guide's aggregate posterior, which takes the place of p(z). The exact posterior is
-    then p(x | z) times that mixture, not the p(x | z) p(z) the guide is trained for. Ranks of a perfect guide are uniform
-    if the two are the same, and nearly so if the counts say much more than the prior; deviations say how wrong intervals
-    are at states where cells are, for whatever of these two reasons.
+    "posterior" simulates z* from the guide's aggregate posterior in place of p(z). The exact posterior is then
+    p(x | z) times that mixture, not the p(x | z) p(z) that the guide is trained for. Ranks of a perfect guide are
+    uniform if the two are the same, and nearly so if the counts say much more than the prior. Deviations say how wrong
+    intervals are at states where cells are, for whatever of these two reasons.
 
     Time is R (S + 1) runs of the decoder and the likelihood of all genes: 1,000 x 99 of 1,500 genes take about half a
     minute on one core. Blocks of cells hold 32 MB at a time.
@@ -470,14 +471,15 @@ class _Simulation:
         while len(pending):
             if n_tried > _TRIES * size:
                 raise ValueError(
-                    f"within={self.within}: of {n_tried:,} simulated cells {size - len(pending)} have a total so near to "
-                    "their library. Allow more, within=0.1, or any, within=None"
+                    f"within={self.within}: of {n_tried:,} simulated cells {size - len(pending)} have a total so "
+                    "near to their library. Allow more, within=0.1, or any, within=None"
                 )
             slots = np.repeat(pending, max(1, min(_TRIES, 2 * _AT_ONCE // len(pending))) if n_tried else 1)
             rows = self._rows(draw, slots)
             read = self.cells.rows(torch.as_tensor(rows, device=self.cells.device), whole=True)
             truth, x = self._simulated(read, int(draw.integers(2**31)))
-            log_ratio = (x.sum(-1).clamp(min=0.5) / read.library.cpu().squeeze(-1).clamp(min=0.5)).log().double().numpy()
+            total, library = (v.double().clamp(min=0.5) for v in (x.sum(-1), read.library.cpu().squeeze(-1)))
+            log_ratio = (total / library).log().numpy()
             ratios.append(log_ratio)
             n_tried += len(slots)
             is_near = np.ones(len(slots), dtype=bool)
@@ -558,7 +560,7 @@ class _Simulation:
         return {name: value.cpu() for name, value in found.items()}
 
     def _numbers(self, both: poutine.Trace, n_cells: int) -> dict[str, Tensor]:
-        """"site" -> (1 + S, n, numbers): latent sites of a cell, logs of positive ones; at most 50 numbers of each."""
+        """ "site" -> (1 + S, n, numbers): latent sites of a cell, logs of positive ones; at most 50 numbers of each."""
         found = {}
         for name in sites_of(both):
             site: Any = both.nodes[name]
@@ -574,12 +576,12 @@ class _Simulation:
             positive = plain_support(site["fn"].support) in _POSITIVE
             found[("site log " if positive else "site ") + name] = (value.log() if positive else value)[..., :_NUMBERS]
         if not found:
-            raise ProgramError(f"{self.program.story} has no continuous latent site of a cell whose ranks could be told")
+            raise ProgramError(
+                f"{self.program.story} has no continuous latent site of a cell whose ranks could be told"
+            )
         return found
 
-    def _ranked(
-        self, found: dict[str, np.ndarray], x: Tensor, draw: np.random.Generator
-    ) -> dict[str, np.ndarray]:
+    def _ranked(self, found: dict[str, np.ndarray], x: Tensor, draw: np.random.Generator) -> dict[str, np.ndarray]:
         names: list[str] = []
         states = []
         for key in [k for k in found if k.startswith("site ")]:
@@ -588,7 +590,7 @@ class _Simulation:
             states.append((site, value))
         every = np.concatenate([value for _, value in states], -1)
         scalars = dict(zip(names, np.moveaxis(every, -1, 0)))
-        site, state = next(((s, v) for s, v in states if s == self.program.state_site), states[0])
+        site, state = next(((s, v) for s, v in states if s.endswith(self.program.state_site)), states[0])
         if state.shape[-1] > 1:
             along = np.random.default_rng([self.seed, 11]).normal(size=(state.shape[-1], _DIRECTIONS))
             along /= np.linalg.norm(along, axis=0)
@@ -647,7 +649,8 @@ def _reads_library(program: Program, cells: Cells) -> bool:
         two = poutine.trace(poutine.replay(program.model, trace=one)).get_trace(others)
         nodes: dict[str, Any] = one.nodes
         for name in sites_of(one):
-            site, other = nodes[name], two.nodes[name]
+            site: Any = nodes[name]
+            other: Any = two.nodes[name]
             if is_computed(site):
                 same = torch.equal(site["value"], other["value"])
             else:
@@ -853,18 +856,20 @@ def _covered(done: Calibration, levels: Sequence[float], seed: int) -> pd.DataFr
         table.loc["HPD", "shape"] = "overconfident" if dense["shift"] > 0 else "underconfident"
     at = np.arange(1, n_draws + 1) / (n_draws + 1)
     again = draw.integers(n, size=(_RESAMPLES, n))
-    added: dict[str, list[float]] = {name: [] for name in ("area", "lower", "upper", *(f"{v:.3g}" for v in levels))}
+    added: dict[str, list[float]] = {
+        name: [] for name in ("area", "lower", "upper", *(f"{100 * v:g}%" for v in levels))
+    }
     for rank in ranks.values():
         # The mean over levels of F - a is linear in ranks, so that its resamples are means of ranks.
-        area = (n_draws / 2 - rank) / (n_draws + 1) * (n_draws + 1) / n_draws
+        area = 0.5 - rank / n_draws
         low, high = np.quantile(area[again].mean(1), [0.025, 0.975])
         place = (rank + draw.uniform(size=n)) / (n_draws + 1)
         numbers = [area.mean(), low, high, *((place < v).mean() for v in levels)]
         for name, value in zip(added, numbers):
             added[name].append(float(value))
-    table = table.assign(**added).rename(columns={f"{v:.3g}": f"{v:.3%}".rstrip("0%").rstrip(".") + "%" for v in levels})
+    table = table.assign(**added)
     table.index.name = "region"
-    table.attrs |= {"ecp": {name: ecdf(rank, n_draws) for name, rank in ranks.items()}, "at": at}
+    table.attrs |= {"ecp": {name: ecdf(rank, n_draws).tolist() for name, rank in ranks.items()}, "at": at.tolist()}
     return table
 
 
