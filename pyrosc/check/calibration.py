@@ -263,7 +263,7 @@ def calibration(
     groups: Sequence[Any] | None = None,
     level: float = 0.95,
     within: float | None = 0.02,
-    refined: bool = False,
+    refined: bool | None = None,
     seed: int = 0,
     progress: bool = True,
     resume: str | os.PathLike[str] | None = None,
@@ -283,7 +283,8 @@ def calibration(
     level : of the simultaneous bands
     within : how far the total of a simulated cell may be from the library that the story knows, as a share of it
         Others are drawn again; None takes them as they come. See Notes.
-    refined : whether the guide of each simulated cell is refined first, by the fit's own ``refine``
+    refined : whether the guess of each simulated cell is refined first, by the fit's own ``refine``
+        None does so for a fit that was refined, as it was.
     seed : cells and draws are random through it
     progress : whether to show a bar
     resume : a file to keep ranks in, and to go on from; the same call with it goes on where the last one stopped
@@ -331,6 +332,8 @@ def calibration(
     seed = checked_seed(seed)
     if not 0 < level < 1:
         raise ValueError(f"level must be between 0 and 1, not {level!r}")
+    if refined is None:
+        refined = bool(fit.settings.get("refined"))
     if refined and not hasattr(fit, "refine"):
         raise ValueError("refined=True needs a fit whose guide can be refined, and this one has no refine()")
     cells = fit._ready(cells)
@@ -440,6 +443,7 @@ class _Simulation:
         draw = np.random.default_rng([self.seed, c])
         rows, truth, x, log_ratio = self._accepted(draw, size)
         made = self.cells.rows(torch.as_tensor(rows, device=self.cells.device), whole=True).with_counts(x)
+        made = made._copy(_obs=pd.DataFrame(index=[f"simulated{c * _AT_ONCE + i}" for i in range(size)]))
         if not self.is_library_known:
             made = made._copy(library=x.sum(-1, keepdim=True).to(made.library))
         program = self._guide_of(made)
@@ -527,7 +531,11 @@ class _Simulation:
 
     def _guide_of(self, made: Cells) -> Program:
         """The program whose guide is asked about these cells."""
-        return self.fit.refine(made).program if self.refined else self.program  # type: ignore[attr-defined]
+        if not self.refined:
+            return self.program
+        was = self.fit.settings.get("refined") or {}
+        options = {name: was[name] for name in ("family", "steps") if name in was}
+        return self.fit.refine(made, seed=self.seed, progress=False, **options).program  # type: ignore[attr-defined]
 
     def _measured(self, program: Program, block: Cells, truth: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """(1 + S, n, ...) scalars of the truth and of S draws, each by the same runs."""
