@@ -399,11 +399,43 @@ def test_a_kl_weight_that_never_rises_is_caught():
         regions.append(done.coverage())
 
     usual, partial = found
+    print(
+        usual["deviation"].median(),
+        partial["deviation"].median(),
+        regions[0]["90%"],
+        regions[1]["90%"],
+        (partial["shape"] == "overconfident").mean(),
+    )
     # An encoder of 1,350 cells is no exact posterior; at a weight of 0.3 regions are 0.55 as wide as they should be.
     assert (partial.loc["z[0]":"u9.z", "verdict"] == "off").all()
     assert (partial["shape"] == "overconfident").mean() > 0.9
     assert usual["deviation"].median() < 0.5 * partial["deviation"].median()
     assert regions[0].loc["HPD", "90%"] > regions[1].loc["HPD", "90%"] + 0.3
+
+
+class Refinable(pyrosc.Fit):
+    """A narrow guide that refinement sets right; it keeps how many cells it was asked to refine, and how."""
+
+    def refine(self, cells, **options):
+        self.asked = [*getattr(self, "asked", []), (len(cells), len(set(cells.names)), options)]
+        return fit_of(exact)
+
+
+def test_the_guess_of_simulated_cells_is_refined_where_the_fit_was():
+    plain = fit_of(narrow)
+    fit = Refinable(plain.program, [], plain.settings)
+    refined = Refinable(plain.program, [], plain.settings | {"refined": {"family": "full", "steps": 20, "cells": 9}})
+
+    before, after, also = (
+        calibration(f, CELLS, n_simulations=250, n_draws=49, refined=how, **QUIET)
+        for f, how in ((fit, None), (fit, True), (refined, None))
+    )
+
+    assert before.table.loc["log z[0]", "verdict"] == "off"
+    assert after.table.loc["log z[0]", "verdict"] == also.table.loc["log z[0]", "verdict"] == "calibrated"
+    assert [a[:2] for a in fit.asked] == [(100, 100), (100, 100), (50, 50)]
+    assert refined.asked[0][2] == {"seed": 0, "progress": False, "family": "full", "steps": 20}
+    assert (before.settings["refined"], also.settings["refined"]) == (False, True)
 
 
 # ---- going on, and what is refused --------------------------------------------------------------

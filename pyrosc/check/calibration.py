@@ -207,7 +207,7 @@ def ranks_of(values: np.ndarray, draw: np.random.Generator) -> np.ndarray:
 # ---- the result ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Calibration:
     """Ranks of simulated truths among the guide's draws. Made by `calibration`.
 
