@@ -407,8 +407,8 @@ def report(found: dict[str, Any]) -> str:
             f"{c['runs']} runs, {c['scalars']} scalars: {c['inside']:.3f} inside their 95 % bands (the least of a "
             f"scalar {c['least inside']:.3f}; of the two states {c['states inside']} of {c['states']}). "
             f"{c['below']:.3f} below the limit, {c['runs that pass']:.3f} of runs pass the line of 95 %. "
-            f"The larger TARP deviation is {c['tarp']:.3f} on average, below 0.03 in {c['tarp below .03']:.3f} of runs and "
-            f"below 0.05 in {c['tarp below .05']:.3f}.", "",
+            f"The larger TARP deviation is {c['tarp']:.3f} on average, below 0.03 in {c['tarp below .03']:.3f} of runs "
+            f"and below 0.05 in {c['tarp below .05']:.3f}.", "",
         ]  # fmt: skip
     return "\n".join(lines)
 

@@ -399,13 +399,6 @@ def test_a_kl_weight_that_never_rises_is_caught():
         regions.append(done.coverage())
 
     usual, partial = found
-    print(
-        usual["deviation"].median(),
-        partial["deviation"].median(),
-        regions[0]["90%"],
-        regions[1]["90%"],
-        (partial["shape"] == "overconfident").mean(),
-    )
     # An encoder of 1,350 cells is no exact posterior; at a weight of 0.3 regions are 0.55 as wide as they should be.
     assert (partial.loc["z[0]":"u9.z", "verdict"] == "off").all()
     assert (partial["shape"] == "overconfident").mean() > 0.9
