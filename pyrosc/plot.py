@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
+    from .check.calibration import Calibration
     from .posterior import Fit
 
 
@@ -140,4 +142,41 @@ def predictive(table: pd.DataFrame, statistic: str, ax: Axes | None = None) -> A
     low, high = rows[["observed", "q05"]].min().min(), rows[["observed", "q95"]].max().max()
     ax.plot([low, high], [low, high], color="C0", lw=0.8)
     ax.set(xlabel=f"observed {statistic}", ylabel="replicated, 90 %", title=f"{outside.mean():.0%} outside")
+    return ax
+
+
+def calibration(done: Calibration, scalars: Sequence[str] | None = None, ax: Axes | None = None) -> Axes:
+    """Ranks of `check.calibration`: their distribution function less that of uniform ones, the band shaded.
+
+    Overconfident draws rise left of the middle and fall right of it, underconfident ones the other way round; a bow to
+    one side is a bias.
+
+    Parameters
+    ----------
+    scalars : names in ``done.ranks``; None for all of one value a simulated cell
+        All of as many ranks, as the band depends on how many. Those outside it have colours and names.
+    """
+    from .check.calibration import ecdf, simultaneous_band
+
+    most = max(len(rank) for rank in done.ranks.values())
+    names = [n for n, rank in done.ranks.items() if len(rank) == most] if scalars is None else list(scalars)
+    unknown = [n for n in names if n not in done.ranks]
+    if unknown or not names:
+        raise ValueError(f"scalars: there is no {unknown or 'name'}; there are {list(done.ranks)}")
+    sizes = {len(done.ranks[n]) for n in names}
+    if len(sizes) > 1:
+        raise ValueError(f"scalars of {sorted(sizes)} ranks have bands of their own: draw them apart")
+    ax = _axes(ax)
+    n_draws = len(done.draws)
+    at, lower, upper = simultaneous_band(sizes.pop(), n_draws + 1, done.table.attrs["level"])
+    ax.fill_between(at, lower - at, upper - at, color="0.9", lw=0, label=f"{done.table.attrs['level']:.0%} band")
+    outside = [n for n in names if not done.table.loc[n, "inside"]]
+    for name in names:
+        shade = _colour(outside.index(name), len(outside)) if name in outside else "0.6"
+        style: dict[str, Any] = {"lw": 1.0, "label": name} if name in outside else {"lw": 0.7}
+        ax.plot(at, ecdf(done.ranks[name], n_draws) - at, color=shade, **style)
+    ax.set(xlabel="rank of the truth / draws", ylabel="distribution function less uniform")
+    ax.set_title(f"{len(outside)} of {len(names)} outside")
+    if len(outside) <= 10:
+        ax.legend(frameon=False, fontsize=7)
     return ax
