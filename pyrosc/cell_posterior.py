@@ -85,8 +85,7 @@ class CellPosterior:
         self.program, self.n_copies, self.n_cells = program, n_copies, len(cells)
         rows = torch.arange(len(cells), device=cells.device).repeat(n_copies)
         self.cells = cells.rows(rows, whole=True)
-        with torch.random.fork_rng(devices=[cells.device] if cells.device.type == "cuda" else []), torch.no_grad():
-            torch.manual_seed(seed)
+        with program.driven(seed), torch.no_grad():
             shared = draw_guide(program, cells.rows(rows[:1], whole=True))
             first = draw_guide(program, self.cells, shared=sites_of_all(shared))
         self._nodes: dict[str, Any] = {}
@@ -116,6 +115,21 @@ class CellPosterior:
         """(C, N, D) a draw of the guide. Random."""
         trace = draw_guide(self.program, self.cells, shared=self._shared())
         return self._packed(trace)
+
+    def draw_story(self) -> tuple[Tensor, Tensor]:
+        """Numbers (C, N, D) drawn from p(v), and counts (C * N, G) from p(x | v). Random.
+
+        Raises
+        ------
+        ProgramError
+            If the story makes no counts.
+        """
+        run = poutine.replay(self.program.model, trace=self._shared())
+        trace = poutine.trace(run).get_trace(self.cells.without_counts())
+        if "x" not in trace.nodes:
+            raise ProgramError(f'{self.program.story} has no site "x" of counts, so it makes no cells')
+        x: Any = trace.nodes["x"]
+        return self._packed(trace), x["value"]
 
     def log_joint(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """log p(v) and log p(x | v), each (C, N), of numbers (C, N, D); with gradients."""

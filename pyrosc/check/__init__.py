@@ -5,8 +5,9 @@ from .compare import compare, paired, thinned_log_likelihood
 from .importance import importance
 from .labels import labels
 from .predictive import pit, posterior_predictive, prior_predictive
+from .sampling import PosteriorDraws, guide_error, sample_posterior
 
 __all__ = [
-    "compare", "importance", "labels", "paired", "pareto_k", "pit", "posterior_predictive", "prior_predictive",
-    "thinned_log_likelihood",
+    "PosteriorDraws", "compare", "guide_error", "importance", "labels", "paired", "pareto_k", "pit",
+    "posterior_predictive", "prior_predictive", "sample_posterior", "thinned_log_likelihood",
 ]  # fmt: skip
