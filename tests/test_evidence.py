@@ -245,11 +245,50 @@ def test_latent_libraries_are_numbers_of_their_own(small_fit):
     cells = small_fit[1]
     fit = a_fit(pyrosc.scvi(cells, n_latent=1, n_hidden=8, library=pyrosc.LatentLibrary()), cells)
 
+    state = torch.get_rng_state()
     found = evidence(fit, cells[:5], n_draws=100, n_chains=20, n_steps=5, simulate=True, progress=False)
 
+    assert torch.equal(torch.get_rng_state(), state)
     assert np.isfinite(found.drop(columns="k_hat")).all(axis=None)
     again = evidence(fit, cells[:5], n_draws=100, n_chains=20, n_steps=5, simulate=True, progress=False)
     pd.testing.assert_frame_equal(found, again)
+
+
+def test_discrete_sites_are_summed_out_and_computed_states_are_no_numbers():
+    data = pyrosc.simulate.tissue(40, 20, n_types=2, n_batches=2, depth=100, n_markers=5, seed=2)
+    data.obs["seen"] = np.where(np.arange(40) % 2, data.obs["cell_type"].astype(str), "?")
+    typed = Cells.from_anndata(data, label="seen", unlabeled="?")
+    sampled = Cells.from_anndata(data, sample="batch")
+    for program, cells, n in (
+        (pyrosc.scanvi(typed, n_latent=2, n_hidden=8), typed, 4),
+        (pyrosc.mrvi(sampled, n_latent=2), sampled, None),
+    ):
+        found = evidence(
+            a_fit(program, cells), cells[:12], n_draws=1000, n_chains=10, n_steps=20, simulate=True, progress=False
+        )
+
+        # An untrained guide is about the prior, and these are small cells: its draws say it too.
+        apart = found["ais"] - found["iwae_1000"]
+        assert (apart.abs() < 4 * found["ais_se"] + 0.3).all()
+        assert abs(found.attrs["mean"]["gap"]) < 4 * found.attrs["se"]["gap"]
+        assert n is None or len(_asked(a_fit(program, cells), cells[:4], True, 0)[1][0]) == n
+
+
+def test_the_truth_is_given_the_global_draw_that_bounds_are_given():
+    cells = Cells.from_counts(COUNTS)
+    program = pyrosc.scvi(
+        cells, n_latent=1, n_hidden=4, dispersion=pyrosc.GeneDispersion(prior=pyrosc.InverseSqrtPrior(3.0))
+    )
+    ready = cells.to("cpu", torch.float64)
+    simulated, _ = _asked(a_fit(program, cells), cells, True, 5)
+    program = program.copy().double()
+
+    held = []
+    for seed, of in ((0, ready), (1, simulated)):
+        with program.driven(seed), torch.no_grad():
+            held.append(CellPosterior(program, of, 2, seed=5)._nodes["dispersion"]["value"].squeeze())
+
+    torch.testing.assert_close(*held)
 
 
 def test_numbers_out_of_range_are_refused():
@@ -278,3 +317,5 @@ def test_gaps_add_up_and_a_guide_of_another_cell_is_a_gap_of_amortisation(small_
     np.testing.assert_allclose(found["family_gap"] + found["amortisation_gap"], found["ais"] - found["elbo"])
     assert (found["family_gap"] > -0.1).all()  # Monte Carlo error of two averages
     assert found.attrs["mean"]["family_gap"] == pytest.approx(found["family_gap"].mean())
+    with pytest.raises(ValueError, match="families must be a list"):
+        gaps(fit, cells[:6], families="full", progress=False)

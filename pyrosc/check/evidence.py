@@ -98,11 +98,13 @@ def evidence(
 
     Notes
     -----
-    In float64; discrete sites are summed out; global sites are drawn from the guide once and held, so that log p(x) is
-    given them. Errors are those of the chains, over which w is averaged: where few chains carry the weight they are too
-    small, as is the bound; those of "bdmc" are given v*, from which all chains of a cell start. Time: 2 J n_leapfrogs
-    gradients of C x N cells for the two directions, some (4 / C) of it for the steps, and S densities of N cells. For
-    an ensemble it is the first fit that is asked.
+    Bounds hold in expectation over chains and draws: those of a single cell may cross by chance. In float64; discrete
+    sites are summed out; global sites are drawn from the guide once and held, so that log p(x) is given them.
+
+    Errors are those of the chains, over which w is averaged: where few chains carry the weight they are too small, as
+    is the bound; those of "bdmc" are given v*, from which all chains of a cell start. Time: 2 J n_leapfrogs gradients
+    of C x N cells for the two directions, some 4 / C of one of them for the step sizes, and S densities of N cells.
+    For an ensemble it is the first fit that is asked.
     """
     options = _options(n_draws, n_chains, n_steps, n_leapfrogs, path)
     ready, truth = _asked(fit, cells, simulate, seed)
