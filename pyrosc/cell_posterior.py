@@ -116,6 +116,21 @@ class CellPosterior:
         trace = draw_guide(self.program, self.cells, shared=self._shared())
         return self._packed(trace)
 
+    def draw_story(self) -> tuple[Tensor, Tensor]:
+        """Numbers (C, N, D) drawn from p(v), and counts (C * N, G) from p(x | v). Random.
+
+        Raises
+        ------
+        ProgramError
+            If the story makes no counts.
+        """
+        run = poutine.replay(self.program.model, trace=self._shared())
+        trace = poutine.trace(run).get_trace(self.cells.without_counts())
+        if "x" not in trace.nodes:
+            raise ProgramError(f'{self.program.story} has no site "x" of counts, so it makes no cells')
+        x: Any = trace.nodes["x"]
+        return self._packed(trace), x["value"]
+
     def log_joint(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """log p(v) and log p(x | v), each (C, N), of numbers (C, N, D); with gradients."""
         values, jacobian = self._values(v)

@@ -67,7 +67,7 @@ def smoothed(log_weights: Tensor) -> tuple[Tensor, Tensor]:
     at = (torch.arange(n_tail, dtype=torch.float64) + 0.5) / n_tail
     for i, column in enumerate(largest.unbind(-1)):
         excess = column[1:] - column[0]
-        if float(excess[-1]) <= 0:  # all of one weight: none is too large
+        if float(excess[-1]) <= 1e-10:  # all of one weight, up to rounding: none is too large
             shapes.append(-math.inf)
             continue
         k, scale = fit_generalized_pareto(excess)

@@ -126,6 +126,8 @@ def test_weights_that_are_all_alike_are_left_as_they_are():
 
     assert torch.equal(log, torch.zeros(200, 2, dtype=torch.float64))
     assert (k < 0).all()
+    rounded = psis.pareto_k(-1234.5 + 1e-13 * torch.rand(200, 2, dtype=torch.float64).round())
+    assert (rounded < 0).all()
 
 
 def test_effects_of_weighed_draws_are_those_of_the_posterior():
