@@ -13,7 +13,7 @@ rest (at most 600 on SIM-A) all are asked, with a quarter as many strange ones o
     unseen           a second fit without the cells of one type, another for each seed; the cells of that type
 
 Area under the curve of telling them from sound cells: by `Fit.outliers` ("p", and each of its parts), by raw
--log p(x) of the kept counts (30 importance draws), by total counts and genes seen; and the same within tenths of the
+-log p(x) of the kept counts (20 importance draws), by total counts and genes seen; and the same within tenths of the
 total, where depth cannot help ("given total": mean over tenths, by pairs). What is called at ``fdr=0.1``, and how many
 of those are sound.
 
@@ -48,11 +48,11 @@ from pyrosc.outliers import judged, scored
 
 SEEDS = (0, 1, 2, 3, 4)
 KINDS = ("doublets", "shallow doublets", "ambient", "permuted", "unseen")
-SCORES = ("p", "p_counts", "p_state", "p_total", "-log p(x)", "total", "genes seen")
+SCORES = ("p", "p_counts", "p_genes", "p_state", "p_total", "-log p(x)", "total", "genes seen")
 UNSEEN = {
     "SIM-A": ("type2", "type0", "type5", "type1", "type3"), "Kang": ("NK", "B", "CD8 T", "CD16 Mono", "DC"),
 }  # fmt: skip
-DRAWS = 30
+DRAWS = 20
 FDR = 0.1
 
 

@@ -1,23 +1,26 @@
-"""Outliers: cells that the story has no place for, by three p-values of different things.
+"""Outliers: cells that the story has no place for, by four p-values of different things.
 
     counts   Each count is kept with probability e; the state is read from those kept. How surprising are those that
              were dropped, -log p(x2 | x1, z), beside new ones drawn from their law? Nothing of a cell is used twice
              (a fit to full counts of these very cells has seen them, though: fit thinned ones). A story that
              is a little wrong is surprised by every cell, so the standardised surprise is judged by its own median and
              spread over cells (an empirical null: Efron 2004, JASA 99:96).
+    genes    How many more genes are seen among those dropped counts than the state explains, in sds of the law? Cells
+             that are mixed with others show genes of both. Judged beside the other cells likewise.
     state    How far is the state from the fifth nearest state of the cells of the fit, beside how far those are from
              each other? Doublets of two types lie between them.
     total    How large is the total beside those of the 50 cells of nearest state, once totals of batches are brought
              to one level? Doublets have two cells' counts.
 
 The last two are conformal: the rank of a cell among those of the fit (Vovk et al. 2005, Algorithmic Learning in a
-Random World), uniform for a cell like them. The three are joined by Fisher's sum of logs, its null that of sums of
-dependent p-values (Brown 1975, Biometrics 31:987) with the covariance that the last two have among the cells of the
-fit; surprise at dropped counts is independent of both under the story. So cells that are a little odd in all three
-are found, and the two that are ranks do not bound p from below.
+Random World), uniform for a cell like them. The four are joined by Fisher's sum of logs, its null that of sums of
+dependent p-values (Brown 1975, Biometrics 31:987): the last two share the covariance that they have among the cells of
+the fit, the first two that of normals (Kost and McDermott 2002, Statistics and Probability Letters 60:183) of the rank
+correlation among the cells asked, which strange ones can but raise; dropped counts tell nothing else of sound cells
+under the story. So cells that are a little odd in each are found, and ranks do not bound p from below.
 
-The null of surprise is Student's t with 5 degrees of freedom, not the normal: among held-out singlets of Kang's cells
-its excess kurtosis is 2 to 4, as genes with rare large counts have heavier tails than their laws.
+The null of the first two is Student's t with 5 degrees of freedom, not the normal: among held-out singlets of Kang's
+cells the excess kurtosis of surprise is 2 to 4, as genes with rare large counts have heavier tails than their laws.
 """
 
 from __future__ import annotations
@@ -51,7 +54,7 @@ def outliers(fit: Fit, cells: Cells, fraction: float, fdr: float, n_draws: int, 
 
 
 def scored(fit: Fit, cells: Cells, fraction: float, n_draws: int, seed: int) -> pd.DataFrame:
-    """What is said of each cell by itself: "surprise", "p_predictive", "p_state", "p_total".
+    """What is said of each cell by itself: "surprise", "extra_genes", "p_predictive", "p_state", "p_total".
 
     ``.attrs["shared"]`` is the covariance of -2 log p_state and -2 log p_total among the cells of the fit.
     """
@@ -59,10 +62,11 @@ def scored(fit: Fit, cells: Cells, fraction: float, n_draws: int, seed: int) -> 
     is_thinned = fit.settings.get("kept", 1.0) < 1
     if is_thinned:
         require_thinned_alike(fit, kept, seed)
-    score, predictive = _surprise(fit, kept.to(fit.device, fit.program.dtype), rest, fraction, n_draws, seed)
+    score, genes, predictive = _surprise(fit, kept.to(fit.device, fit.program.dtype), rest, fraction, n_draws, seed)
     state, total, shared = _beside(fit, kept if is_thinned else cells)
     table = pd.DataFrame(
-        {"surprise": score, "p_predictive": predictive, "p_state": state, "p_total": total}, index=cells.names
+        {"surprise": score, "extra_genes": genes, "p_predictive": predictive, "p_state": state, "p_total": total},
+        index=cells.names,
     )
     table.attrs["shared"] = shared
     return table
@@ -70,41 +74,58 @@ def scored(fit: Fit, cells: Cells, fraction: float, n_draws: int, seed: int) -> 
 
 def judged(scores: pd.DataFrame, fdr: float) -> pd.DataFrame:
     """What is said of cells beside each other, most of them sound."""
-    score = scores["surprise"].to_numpy()
-    centre = np.median(score)
-    spread = float(np.median(np.abs(score - centre)))
-    scale = max(spread / float(stats.t.ppf(0.75, _TAIL)), 1e-12)
-    table = scores[["surprise", "p_predictive"]].copy()
-    table["p_counts"] = stats.t.sf((score - centre) / scale, _TAIL)
+    table = scores[["surprise", "extra_genes", "p_predictive"]].copy()
+    for name, score in (("p_counts", "surprise"), ("p_genes", "extra_genes")):
+        table[name] = beside_others(scores[score].to_numpy())
     table[["p_state", "p_total"]] = scores[["p_state", "p_total"]]
-    table["p"] = combined(table[["p_counts", "p_state", "p_total"]].to_numpy(), scores.attrs["shared"])
+    rank = float(np.nan_to_num(stats.spearmanr(scores["surprise"], scores["extra_genes"]).statistic))
+    shared = max(scores.attrs["shared"], 0.0) + of_normals(rank)
+    table["p"] = combined(table[["p_counts", "p_genes", "p_state", "p_total"]].to_numpy(), shared)
     table["q"] = stats.false_discovery_control(table["p"])
     table["is_outlier"] = table["q"] <= fdr
     table.attrs = {}
     return table
 
 
+def beside_others(score: np.ndarray) -> np.ndarray:
+    """(N,) p-values of large scores, under a t law of the median and the spread that the scores have."""
+    centre = np.median(score)
+    spread = float(np.median(np.abs(score - centre)))
+    return stats.t.sf((score - centre) / max(spread / float(stats.t.ppf(0.75, _TAIL)), 1e-12), _TAIL)
+
+
+def of_normals(correlation: float) -> float:
+    """Covariance of -2 log p of one-sided p-values of two normals; 0 for a negative correlation."""
+    r = max(correlation, 0.0)
+    return 3.263 * r + 0.710 * r**2 + 0.027 * r**3
+
+
 def _surprise(
     fit: Fit, kept: Cells, rest: Cells, fraction: float, n_draws: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) surprise at the counts dropped, in sds of that at counts drawn; and the predictive p-value."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(N,) surprise at the counts dropped, in sds of that at counts drawn; genes seen beyond those expected, in sds of
+    their number; and the predictive p-value."""
 
     def ask(block: Cells, trace: poutine.Trace, n: int | None) -> Tensor:
-        law = dropped(fit, trace, fraction).to_event(1)
+        single = dropped(fit, trace, fraction)
+        law = single.to_event(1)
         rows: Any = block._rows
         held: Any = rest.rows(rows.cpu(), whole=True).to(fit.device).x
         drawn = law.sample()
-        both = torch.stack([-law.log_prob(held), -law.log_prob(drawn)], -1)
-        return both.reshape(-1, len(block), 2)
+        none = single.log_prob(torch.zeros_like(held)).exp()
+        genes = ((held > 0).sum(-1) - (1 - none).sum(-1)) / (none * (1 - none)).sum(-1).sqrt().clamp(min=1e-6)
+        found = torch.stack([-law.log_prob(held), -law.log_prob(drawn), genes], -1)
+        return found.reshape(-1, len(block), 3)
 
-    seen, drawn = [], []
+    seen, drawn, genes = [], [], []
     for (both,) in fit._runs(kept, [[kept]], n_draws, seed, ask):
         found = both.double().cpu().numpy()
         seen.append(found[..., 0])
         drawn.append(found[..., 1])
+        genes.append(found[..., 2].mean(0))
     one, new = np.concatenate(seen, 1), np.concatenate(drawn, 1)
     spread = np.maximum((new - new.mean(0)).std(0, ddof=1), 1e-12)
-    return (one - new).mean(0) / spread, (1 + (new >= one).sum(0)) / (len(new) + 1)
+    return (one - new).mean(0) / spread, np.concatenate(genes), (1 + (new >= one).sum(0)) / (len(new) + 1)
 
 
 def _beside(fit: Fit, cells: Cells) -> tuple[np.ndarray, np.ndarray, float]:

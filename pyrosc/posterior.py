@@ -557,9 +557,10 @@ class Fit:
         -------
         DataFrame
             One row a cell: "surprise" at counts that thinning dropped, in sds, and "p_predictive", their posterior
-            predictive p-value; "p_counts", the surprise beside that of the other cells; "p_state" and "p_total", how
-            far the state is from those of the cells of the fit, and how large the total beside cells of like state;
-            "p" of the three, "q" by Benjamini and Hochberg, "is_outlier".
+            predictive p-value; "extra_genes", how many more are seen among them than expected, in sds; "p_counts" and
+            "p_genes", surprise and extra genes beside those of the other cells; "p_state" and "p_total", how far the
+            state is from those of the cells of the fit, and how large the total beside cells of like state; "p" of
+            the four, "q" by Benjamini and Hochberg, "is_outlier".
 
         Raises
         ------

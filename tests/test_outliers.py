@@ -11,7 +11,7 @@ from scipy import sparse, stats
 
 import pyrosc
 from pyrosc import Cells, PyroscWarning
-from pyrosc.outliers import combined, conformal, judged, levelled
+from pyrosc.outliers import beside_others, combined, conformal, judged, levelled, of_normals
 from pyrosc.overlap import Landmarks
 
 
@@ -76,18 +76,39 @@ def test_totals_of_batches_are_brought_to_one_level_whatever_types_they_hold():
     assert torch.equal(levelled(unknown, "batch")[0].log_total[:5], log_total[:5])
 
 
-def test_surprise_that_is_heavy_tailed_is_judged_by_a_heavy_tail():
-    draw = np.random.default_rng(3)
-    table = pd.DataFrame({"surprise": 2 + 3 * draw.standard_t(5, 20_000), "p_predictive": 0.5})
+def test_scores_that_are_heavy_tailed_are_judged_by_a_heavy_tail():
+    score = 2 + 3 * np.random.default_rng(3).standard_t(5, 20_000)
+
+    p = beside_others(score)
+
+    for level in (0.05, 0.005):  # standard errors 0.0015 and 0.0005, and that of the spread
+        assert (p < level).mean() == pytest.approx(level, rel=0.2)
+    spread = stats.median_abs_deviation(score, scale="normal")
+    assert (stats.norm.sf((score - 2) / spread) < 0.0005).mean() > 0.0025  # five times too many
+
+
+def test_covariances_of_normals_are_those_of_their_log_p_values():
+    draw = np.random.default_rng(4)
+    for r in (0.3, 0.7):
+        p = stats.norm.sf(draw.multivariate_normal([0, 0], [[1, r], [r, 1]], 200_000))
+        assert of_normals(r) == pytest.approx(np.cov(-2 * np.log(p.T))[0, 1], rel=0.05)
+    assert of_normals(-0.5) == 0
+
+
+def test_p_values_of_sound_cells_keep_their_level_where_surprise_and_genes_go_together():
+    draw = np.random.default_rng(5)
+    normals = draw.multivariate_normal([0, 0], [[1, 0.7], [0.7, 1]], 20_000)
+    first = stats.t.ppf(stats.norm.cdf(normals), 5)
+    table = pd.DataFrame({"surprise": first[:, 0], "extra_genes": first[:, 1], "p_predictive": 0.5})
     table[["p_state", "p_total"]] = draw.random((20_000, 2))
     table.attrs["shared"] = 0.0
 
     found = judged(table, 0.1)
 
-    for level in (0.05, 0.005):  # standard errors 0.0015 and 0.0005, and that of the spread
-        assert (found["p_counts"] < level).mean() == pytest.approx(level, rel=0.2)
-    spread = stats.median_abs_deviation(table["surprise"], scale="normal")
-    assert (stats.norm.sf((table["surprise"] - 2) / spread) < 0.0005).mean() > 0.0025  # five times too many
+    for level in (0.05, 0.005):  # standard errors 0.0015 and 0.0005; Brown's law is an approximation
+        assert (found["p"] <= level).mean() == pytest.approx(level, rel=0.3)
+    alone = combined(found[["p_counts", "p_genes", "p_state", "p_total"]].to_numpy())
+    assert (alone <= 0.005).mean() > 1.3 * (found["p"] <= 0.005).mean()
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +140,7 @@ def test_unseen_types_and_doublets_stand_out_from_sound_cells(fit, tissue_of_typ
     table = fit.outliers(every, n_draws=50)
 
     plain = role == "sound"
-    for name in ("p_counts", "p_state", "p_total"):
+    for name in ("p_counts", "p_genes", "p_state", "p_total"):
         # Some 150 sound cells: a rate of 0.05 scatters by 0.018.
         assert (table["p" if name == "p" else name][plain] < 0.05).mean() < 0.15
     assert (table["is_outlier"][plain]).mean() < 0.06
@@ -138,9 +159,10 @@ def test_outliers_have_names_and_are_repeatable(fit, tissue_of_types):
 
     assert list(table.index) == list(cells.names)
     assert list(table.columns) == [
-        "surprise", "p_predictive", "p_counts", "p_state", "p_total", "p", "q", "is_outlier",
+        "surprise", "extra_genes", "p_predictive", "p_counts", "p_genes", "p_state", "p_total", "p", "q", "is_outlier",
     ]  # fmt: skip
-    assert ((table.drop(columns=["surprise"]) >= 0) & (table.drop(columns=["surprise"]) <= 1)).all(axis=None)
+    shares = table.drop(columns=["surprise", "extra_genes"])
+    assert ((shares >= 0) & (shares <= 1)).all(axis=None)
     assert table.equals(fit.outliers(cells, n_draws=30, seed=3))
     assert not table.equals(fit.outliers(cells, n_draws=30, seed=4))
 
