@@ -558,9 +558,10 @@ class Fit:
         -------
         DataFrame
             One row a cell: "surprise" at counts that thinning dropped, in sds, and "p_predictive", their posterior
-            predictive p-value; "p_counts", the surprise beside that of the other cells; "p_state" and "p_total", how
-            far the state is from those of the cells of the fit, and how large the total beside cells of like state;
-            "p" of the three, "q" by Benjamini and Hochberg, "is_outlier".
+            predictive p-value; "extra_genes", how many more are seen among them than expected, in sds; "p_counts" and
+            "p_genes", surprise and extra genes beside those of the other cells; "p_state" and "p_total", how far the
+            state is from those of the cells of the fit, and how large the total beside cells of like state; "p" of
+            the four, "q" by Benjamini and Hochberg, "is_outlier".
 
         Raises
         ------
@@ -1451,8 +1452,8 @@ class Fit:
         return by_block(program, [cells], n_draws * 2 * program.n_combinations, seed, ask)
 
     def refine(
-        self, cells: Cells | anndata.AnnData, *, family: str = "normal", steps: int = 100, n_draws: int = 2,
-        lr: float = 0.2, seed: int = 0, progress: bool = True,
+        self, cells: Cells | anndata.AnnData, *, family: str = "normal", steps: int = 100, n_draws: int = 4,
+        lr: float = 0.15, seed: int = 0, progress: bool = True,
     ) -> Fit:  # fmt: skip
         """This fit with a better guess of the latent numbers of these cells; weights, and this fit, stay as they are.
 

@@ -1,14 +1,18 @@
 """Outliers: p-values of sound cells, and doublets, unseen types and strange counts among them."""
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from scipy import sparse, stats
 
 import pyrosc
 from pyrosc import Cells, PyroscWarning
-from pyrosc.outliers import combined, conformal
+from pyrosc.outliers import beside_others, combined, conformal, judged, levelled, of_normals
+from pyrosc.overlap import Landmarks
 
 
 def area(score, is_strange):
@@ -29,15 +33,82 @@ def test_conformal_p_values_of_cells_like_the_others_are_uniform():
     assert conformal(np.array([100.0]), among)[0] == pytest.approx(1 / 501)
 
 
-def test_combined_p_values_keep_their_level_though_they_depend_on_each_other():
-    draw = np.random.default_rng(1)
-    shared = draw.normal(size=(40_000, 1))
-    p = stats.norm.sf(0.7 * shared + 0.51**0.5 * draw.normal(size=(40_000, 3)))
+def test_combined_p_values_of_independent_ones_are_those_of_fisher():
+    p = np.random.default_rng(1).random((50, 3))
 
-    for level in (0.01, 0.05):
-        assert (combined(p) <= level).mean() < 1.25 * level
-    assert combined(np.array([[1e-8, 0.9, 0.8]]))[0] < 1e-6
-    assert combined(np.array([[1.0, 1.0, 1.0]]))[0] > 0.9
+    by_scipy = [stats.combine_pvalues(row, method="fisher").pvalue for row in p]
+
+    np.testing.assert_allclose(combined(p), by_scipy, rtol=1e-10)
+    np.testing.assert_allclose(combined(p, -2.0), by_scipy, rtol=1e-10)  # what would lower p is not used
+    assert combined(np.array([[1e-8, 0.9, 0.8]]))[0] < 1e-5
+    assert combined(np.array([[0.04, 0.04, 0.04]]))[0] < 0.005  # a little of each
+    assert combined(np.array([[1.0, 1.0, 1.0]]))[0] == 1.0
+
+
+def test_combined_p_values_keep_their_level_where_what_they_share_is_told():
+    draw = np.random.default_rng(1)
+    both = draw.multivariate_normal([0, 0], [[1, 0.6], [0.6, 1]], 40_000)
+    p = stats.norm.sf(np.column_stack([draw.normal(size=40_000), both]))
+    shared = np.cov(-2 * np.log(p[:, 1]), -2 * np.log(p[:, 2]))[0, 1]
+
+    for level in (0.01, 0.05):  # standard errors 0.0005 and 0.0011; Brown's law is an approximation
+        assert (combined(p, shared) <= level).mean() == pytest.approx(level, rel=0.12)
+        assert (combined(p) <= level).mean() > 1.2 * level
+
+
+def test_totals_of_batches_are_brought_to_one_level_whatever_types_they_hold():
+    draw = np.random.default_rng(2)
+    batch = draw.integers(2, size=1500)
+    kind = (draw.random(1500) < np.where(batch == 0, 0.8, 0.2)).astype(int)  # batch 0 holds more of the deep type
+    loc = torch.tensor(draw.normal(size=(1500, 2)) + 20 * kind[:, None])
+    log_total = torch.tensor(6 + 1.0 * kind + np.where(batch == 0, -0.5, 0.5) + 0.3 * draw.normal(size=1500))
+    marks = Landmarks(loc, log_total, {"batch": torch.tensor(batch)})
+
+    adjusted, level = levelled(marks, "batch")
+
+    raw = [float(log_total[batch == b].mean()) for b in (0, 1)]
+    assert raw[1] - raw[0] < 0.6  # what averages of batches would say
+    # Errors of means of 750: 0.3 / sqrt(750) each, and of neighbours likewise.
+    assert float(level[1] - level[0]) == pytest.approx(1.0, abs=0.06)
+    within = [float(adjusted.log_total[(batch == b) & (kind == 1)].mean()) for b in (0, 1)]
+    assert within[0] == pytest.approx(within[1], abs=0.08)
+    unknown = replace(marks, columns={"batch": torch.tensor(np.where(np.arange(1500) < 5, -1, batch))})
+    assert torch.equal(levelled(unknown, "batch")[0].log_total[:5], log_total[:5])
+
+
+def test_scores_that_are_heavy_tailed_are_judged_by_a_heavy_tail():
+    score = 2 + 3 * np.random.default_rng(3).standard_t(5, 20_000)
+
+    p = beside_others(score)
+
+    for level in (0.05, 0.005):  # standard errors 0.0015 and 0.0005, and that of the spread
+        assert (p < level).mean() == pytest.approx(level, rel=0.2)
+    spread = stats.median_abs_deviation(score, scale="normal")
+    assert (stats.norm.sf((score - 2) / spread) < 0.0005).mean() > 0.0025  # five times too many
+
+
+def test_covariances_of_normals_are_those_of_their_log_p_values():
+    draw = np.random.default_rng(4)
+    for r in (0.3, 0.7):
+        p = stats.norm.sf(draw.multivariate_normal([0, 0], [[1, r], [r, 1]], 200_000))
+        assert of_normals(r) == pytest.approx(np.cov(-2 * np.log(p.T))[0, 1], rel=0.05)
+    assert of_normals(-0.5) == 0
+
+
+def test_p_values_of_sound_cells_keep_their_level_where_surprise_and_genes_go_together():
+    draw = np.random.default_rng(5)
+    normals = draw.multivariate_normal([0, 0], [[1, 0.7], [0.7, 1]], 20_000)
+    first = stats.t.ppf(stats.norm.cdf(normals), 5)
+    table = pd.DataFrame({"surprise": first[:, 0], "extra_genes": first[:, 1], "p_predictive": 0.5})
+    table[["p_state", "p_total"]] = draw.random((20_000, 2))
+    table.attrs["shared"] = 0.0
+
+    found = judged(table, 0.1)
+
+    for level in (0.05, 0.005):  # standard errors 0.0015 and 0.0005; Brown's law is an approximation
+        assert (found["p"] <= level).mean() == pytest.approx(level, rel=0.3)
+    alone = combined(found[["p_counts", "p_genes", "p_state", "p_total"]].to_numpy())
+    assert (alone <= 0.005).mean() > 1.3 * (found["p"] <= 0.005).mean()
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +137,10 @@ def test_unseen_types_and_doublets_stand_out_from_sound_cells(fit, tissue_of_typ
     every = Cells.from_counts(sparse.vstack([x[sound], x[unseen], both]).tocsr(), genes=list(held.var_names))
     role = np.repeat(["sound", "unseen", "doublet"], [len(sound), len(unseen), 40])
 
-    table = fit.outliers(every)
+    table = fit.outliers(every, n_draws=50)
 
     plain = role == "sound"
-    for name in ("p_counts", "p_state", "p_total"):
+    for name in ("p_counts", "p_genes", "p_state", "p_total"):
         # Some 150 sound cells: a rate of 0.05 scatters by 0.018.
         assert (table["p" if name == "p" else name][plain] < 0.05).mean() < 0.15
     assert (table["is_outlier"][plain]).mean() < 0.06
@@ -88,9 +159,10 @@ def test_outliers_have_names_and_are_repeatable(fit, tissue_of_types):
 
     assert list(table.index) == list(cells.names)
     assert list(table.columns) == [
-        "surprise", "p_predictive", "p_counts", "p_state", "p_total", "p", "q", "is_outlier",
+        "surprise", "extra_genes", "p_predictive", "p_counts", "p_genes", "p_state", "p_total", "p", "q", "is_outlier",
     ]  # fmt: skip
-    assert ((table.drop(columns=["surprise"]) >= 0) & (table.drop(columns=["surprise"]) <= 1)).all(axis=None)
+    shares = table.drop(columns=["surprise", "extra_genes"])
+    assert ((shares >= 0) & (shares <= 1)).all(axis=None)
     assert table.equals(fit.outliers(cells, n_draws=30, seed=3))
     assert not table.equals(fit.outliers(cells, n_draws=30, seed=4))
 
