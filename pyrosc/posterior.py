@@ -1452,8 +1452,8 @@ class Fit:
         return by_block(program, [cells], n_draws * 2 * program.n_combinations, seed, ask)
 
     def refine(
-        self, cells: Cells | anndata.AnnData, *, family: str = "normal", steps: int = 100, n_draws: int = 4,
-        lr: float = 0.15, seed: int = 0, progress: bool = True,
+        self, cells: Cells | anndata.AnnData, *, family: str = "normal", steps: int = 150, n_draws: int = 4,
+        lr: float = 0.2, seed: int = 0, progress: bool = True,
     ) -> Fit:  # fmt: skip
         """This fit with a better guess of the latent numbers of these cells; weights, and this fit, stay as they are.
 

@@ -43,7 +43,7 @@ _GAP = 1.0  # nats
 _HOLE = 0.65  # area under the curve
 _EXCESS = 2.0  # times the 5 % of genes that are beyond by chance
 
-_REFINE = "fit.refine(cells), or pyrosc.fit(..., refine=100)"
+_REFINE = "fit.refine(cells), or pyrosc.fit(..., refine=150)"
 
 
 def summary(
@@ -203,11 +203,14 @@ def _calibration(run: _Run) -> list[Row]:
     worst = table["deviation"].idxmax()
     advice = f'"{worst}" is the worst ({table["shape"].to_dict()[worst]}): {_REFINE}, then encoder=FullRankEncoder()'
     statistic = f"share of {len(table)} scalars with near uniform ranks:"
+    # One scalar alone sees a guide that does not read the counts, or that is wrong in many directions by a little.
+    reads = table.loc["log p(x|z)"] if "log p(x|z)" in table.index else table.loc[worst]
+    is_near = bool(reads["deviation"] < reads["limit"])
     covered = float(done.coverage([0.9], seed=run.seed)["90%"].to_dict()["HPD"])
     error = 2 * math.sqrt(0.9 * 0.1 / n) + 0.02
     narrow = "narrow" if covered < 0.9 else "wide"
     return [
-        Row.judged("calibration", statistic, share, ">= 0.95", share >= 0.95, share >= 0.8, advice),
+        Row.judged("calibration", statistic, share, ">= 0.95", share >= 0.95 and is_near, share >= 0.8 and is_near, advice),
         Row.judged(
             "coverage", "of simulated truths by 90 % regions:", covered, f"0.9 +- {error:.2f}",
             abs(covered - 0.9) <= error, abs(covered - 0.9) <= 0.15, f"the guide is too {narrow}: {_REFINE}",
