@@ -210,7 +210,9 @@ def _calibration(run: _Run) -> list[Row]:
     error = 2 * math.sqrt(0.9 * 0.1 / n) + 0.02
     narrow = "narrow" if covered < 0.9 else "wide"
     return [
-        Row.judged("calibration", statistic, share, ">= 0.95", share >= 0.95 and is_near, share >= 0.8 and is_near, advice),
+        Row.judged(
+            "calibration", statistic, share, ">= 0.95", share >= 0.95 and is_near, share >= 0.8 and is_near, advice
+        ),
         Row.judged(
             "coverage", "of simulated truths by 90 % regions:", covered, f"0.9 +- {error:.2f}",
             abs(covered - 0.9) <= error, abs(covered - 0.9) <= 0.15, f"the guide is too {narrow}: {_REFINE}",
