@@ -17,6 +17,7 @@ its decoder as fitted, makes up cells whose states are known, and the arm's own 
     full        default, with ``encoder=FullRankEncoder()``
     refined     default, and each made-up cell's posterior refined from the encoder's start (``fit.refine``)
     refined full    the same with a covariance matrix for each cell (``family="full"``)
+    weighed         draws of refined full by importance weights of 1,000 (``importance=1000``)
 
 Parts: "prior" (states of made-up cells are drawn from the prior), "posterior" (states where cells are), "khat"
 (`pyrosc.check.importance` on 500 measured cells, 5,000 draws, so that the threshold of k-hat is 0.7), "hmc" (ratios of
@@ -50,8 +51,8 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-ARMS = ("usual", "scvi", "scvi 400", "default", "iwae", "full", "refined", "refined full")
-REFINED = {"refined": "normal", "refined full": "full"}
+ARMS = ("usual", "scvi", "scvi 400", "default", "iwae", "full", "refined", "refined full", "weighed")
+REFINED = {"refined": "normal", "refined full": "full", "weighed": "full"}
 PEERS = {"scvi": 120, "scvi 400": 400}  # epochs
 PARTS = ("prior", "posterior", "khat", "hmc")
 EPOCHS, WARMUP = 120, 400
@@ -502,7 +503,7 @@ def run(data: str, arm: str, seed: int, parts: list[str], adata: Any, batch: str
         else:
             done = calibration(
                 fit, cells, around=part, n_simulations=given.simulations, n_draws=given.draws, within=WITHIN,
-                refined=arm in REFINED, seed=seed, progress=False,
+                refined=arm in REFINED, importance=1000 if arm == "weighed" else 0, seed=seed, progress=False,
             )  # fmt: skip
             made = scores(done, seed == 0)
         took = {"seconds of fit": seconds, "seconds": time.perf_counter() - began}
@@ -566,7 +567,13 @@ def main() -> None:
                     if arm in PEERS and not given.peer:
                         continue
                     there = {r["part"] for r in found["rows"] if (r["data"], r["arm"], r["seed"]) == (data, arm, seed)}
-                    parts = [p for p in given.parts if p not in there and not (p == "hmc" and arm in PEERS)]
+                    parts = [
+                        p
+                        for p in given.parts
+                        if p not in there
+                        and not (p == "hmc" and arm in PEERS)
+                        and not (p in ("khat", "hmc") and arm == "weighed")
+                    ]
                     if not parts:
                         continue
                     began = time.perf_counter()

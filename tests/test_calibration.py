@@ -216,6 +216,17 @@ def test_wrong_guides_are_caught(guide, story, seen_by, shape):
     assert "off" in set(done.coverage()["verdict"])
 
 
+def test_weighed_draws_of_a_wrong_guide_are_calibrated():
+    plain, weighed = (
+        calibration(fit_of(wide), CELLS, n_simulations=600, n_draws=49, importance=n, **QUIET) for n in (0, 2000)
+    )
+
+    assert plain.table.loc["log z[0]", "verdict"] == "off"
+    assert weighed.table["verdict"].isin(["calibrated", "small"]).all()
+    with pytest.raises(ValueError, match="importance must be 0 or at least 100 draws, not 50"):
+        calibration(fit_of(wide), CELLS, importance=50, **QUIET)
+
+
 def test_a_guide_that_answers_the_prior_is_caught_by_what_reads_the_counts_alone():
     done = calibration(fit_of(prior_only), CELLS, n_simulations=600, n_draws=49, **QUIET)
 

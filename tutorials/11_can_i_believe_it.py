@@ -93,8 +93,8 @@ show(table, "variance", "prior", "amortisation", "coverage", "calibration", "gui
 
 # %% [markdown]
 # Counts now look like those that were seen, and half of the guide's error is gone: what was wrong with the story had
-# been hard on the encoder too. *Is the guide the posterior?* is still answered by no: one network guesses all cells, and
-# has seen six hundred of them.
+# been hard on the encoder too. *Is the guide the posterior?* is still answered by no: one network guesses all cells,
+# and has seen six hundred of them.
 #
 # ## Second repair: the guess of each cell
 #

@@ -41,7 +41,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..cells import Cells
-from ..draws import by_block, draw_guide, run_model, sites_of, sites_of_all, summed_out, with_discrete
+from ..draws import (
+    Importance,
+    by_block,
+    draw_guide,
+    resampled,
+    run_model,
+    sites_of,
+    sites_of_all,
+    summed_out,
+    with_discrete,
+)
 from ..elbo import draws_plate, follow, in_cells, of_cells, weighed
 from ..errors import ProgramError
 from ..guides import is_computed, plain_support
@@ -264,6 +274,7 @@ def calibration(
     level: float = 0.95,
     within: float | None = 0.02,
     refined: bool | None = None,
+    importance: int = 0,
     seed: int = 0,
     progress: bool = True,
     resume: str | os.PathLike[str] | None = None,
@@ -285,6 +296,8 @@ def calibration(
         Others are drawn again; None takes them as they come. See Notes.
     refined : whether the guess of each simulated cell is refined first, by the fit's own ``refine``
         None does so for a fit that was refined, as it was.
+    importance : proposals a cell from which draws are taken by smoothed weights, at least 100; 0 for the guide's own
+        As ``importance=`` of `Fit.differential_expression`: cells whose weights cannot be relied on keep the guide's.
     seed : cells and draws are random through it
     progress : whether to show a bar
     resume : a file to keep ranks in, and to go on from; the same call with it goes on where the last one stopped
@@ -336,6 +349,12 @@ def calibration(
         refined = bool(fit.settings.get("refined"))
     if refined and not hasattr(fit, "refine"):
         raise ValueError("refined=True needs a fit whose guide can be refined, and this one has no refine()")
+    if isinstance(importance, bool) or not hasattr(importance, "__index__") or 0 < importance < 100 or importance < 0:
+        raise ValueError(f"importance must be 0 or at least 100 draws, not {importance!r}")
+    if importance and fit.program.has_globals:
+        raise ProgramError(
+            f"{fit.program.story} has global sites, whose draws cannot be weighed cell by cell: leave out importance="
+        )
     cells = fit._ready(cells)
     if cells.gene_mask is not None:
         raise ValueError("these cells lack genes of the fit, so that counts cannot be simulated: pass cells with all")
@@ -343,7 +362,7 @@ def calibration(
         raise ValueError(f"within must be a positive share of the library, such as 0.02, or None, not {within!r}")
     sides = _sides(cells, groups)
     at, names = _genes(fit, cells, genes)
-    run = _Simulation(fit, cells, around, n_draws, at, names, sides, within, refined, seed)
+    run = _Simulation(fit, cells, around, n_draws, at, names, sides, within, refined, importance, seed)
     about = run.about() | {
         "n_simulations": n_simulations, "groups": None if sides is None else [zlib.crc32(s.tobytes()) for s in sides]
     }  # fmt: skip
@@ -378,6 +397,7 @@ def _result(run: _Simulation, done: list[dict[str, np.ndarray]], about: dict[str
     settings = {
         "story": run.program.story, "around": run.around, "n_simulations": len(joined("truth")),
         "n_draws": run.n_draws, "seed": run.seed, "seconds": float(done[0]["seconds"]), "refined": run.refined,
+        "importance": run.importance,
         "library": "known" if run.is_library_known else "that of the simulated counts",
         "within": run.within if run.is_library_known else None, "n_drawn": len(tried),
         "log_total_sd": float(tried.std()),
@@ -396,11 +416,12 @@ class _Simulation:
 
     def __init__(
         self, fit: Fit, cells: Cells, around: str, n_draws: int, genes: np.ndarray, gene_names: list[str],
-        sides: tuple[np.ndarray, np.ndarray] | None, within: float | None, refined: bool, seed: int,
+        sides: tuple[np.ndarray, np.ndarray] | None, within: float | None, refined: bool, importance: int,
+        seed: int,
     ) -> None:  # fmt: skip
         self.fit, self.program, self.cells, self.around, self.n_draws = fit, fit.program, cells, around, n_draws
         self.genes, self.gene_names, self.sides = torch.as_tensor(genes), gene_names, sides
-        self.within, self.refined, self.seed = within, refined, seed
+        self.within, self.refined, self.importance, self.seed = within, refined, importance, seed
         self.shared, self.pinned = _pinned(self.program, seed)
         self.axis = self._own_sites()
         self.is_library_known = _reads_library(self.program, cells)
@@ -414,7 +435,7 @@ class _Simulation:
         return {
             "story": self.program.story, "weights": f"{checksum:08x}", "cells": self.cells.fingerprint(),
             "around": self.around, "n_draws": self.n_draws, "genes": self.gene_names, "within": self.within,
-            "refined": self.refined, "seed": self.seed,
+            "refined": self.refined, "importance": self.importance, "seed": self.seed,
         }  # fmt: skip
 
     def _own_sites(self) -> dict[str, int]:
@@ -456,7 +477,7 @@ class _Simulation:
             start += len(block)
             return self._measured(program, block, here)
 
-        per_cell = 2 * (self.n_draws + 1) * program.n_combinations
+        per_cell = 2 * max(self.n_draws + 1, self.importance) * program.n_combinations
         for values in by_block(program, [made], per_cell, int(draw.integers(2**31)), ask):
             for name, value in values.items():
                 found.setdefault(name, []).append(value)
@@ -540,7 +561,10 @@ class _Simulation:
     def _measured(self, program: Program, block: Cells, truth: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """(1 + S, n, ...) scalars of the truth and of S draws, each by the same runs."""
         n = self.n_draws
-        guide = draw_guide(program, block, n, self.shared)
+        if self.importance:
+            guide = resampled(program, block, n, Importance(self.importance))
+        else:
+            guide = draw_guide(program, block, n, self.shared)
         both = poutine.Trace()
         for name in sites_of(guide):
             node: Any = dict(guide.nodes[name])

@@ -204,8 +204,7 @@ def _calibration(run: _Run) -> list[Row]:
     advice = f'"{worst}" is the worst ({table["shape"].to_dict()[worst]}): {_REFINE}, then encoder=FullRankEncoder()'
     statistic = f"share of {len(table)} scalars with near uniform ranks:"
     # One scalar alone sees a guide that does not read the counts, or that is wrong in many directions by a little.
-    reads = table.loc["log p(x|z)"] if "log p(x|z)" in table.index else table.loc[worst]
-    is_near = bool(reads["deviation"] < reads["limit"])
+    is_near = bool((table.loc[table.index == "log p(x|z)", "verdict"] != "off").all())
     covered = float(done.coverage([0.9], seed=run.seed)["90%"].to_dict()["HPD"])
     error = 2 * math.sqrt(0.9 * 0.1 / n) + 0.02
     narrow = "narrow" if covered < 0.9 else "wide"
