@@ -90,11 +90,13 @@ loadings, what each factor of a linear decoder does to each gene, ``loadings()``
     NormalLoadings(sd)            all move a little; every rotation of the factors is then as good
     NonNegativeLoadings(median)   a factor raises genes and lowers none
 
-decoder, ``decoder(z, cells)``, and encoder, ``encoder(cells)``
+decoder, ``decoder(z, cells)``, and encoder, ``encoder(cells)`` and ``encoder.law(cells)`` where it knows better
     Decoder(), Encoder()          hidden layers; n_hidden, n_layers, dropout, norm="layer" or "batch"
     LinearDecoder()               log shares linear in z: loadings can be read, as estimates
     LoadingsDecoder()             the same with loadings of the story's own, decoder(z, cells, loadings)
     RegionDecoder()               shares of very many regions, one dense block of a mini-batch at a time
+    FullRankEncoder()             latents that depend on each other given the counts; an analytic KL from normals
+    FlowEncoder()                 skewed posteriors too; KL by Monte Carlo
     covariates="first", "deep", "norm" or False: batch and other columns joined to the first layer, to every
     layer, as shift and scale of the norm, or not seen. embedding=e for columns of many levels
 
