@@ -204,7 +204,9 @@ def lengthened(program: Program, schema: Schema) -> tuple[Program, dict[str, Ten
     model, guide = program.functions
     made = Program(model, Cells.empty(schema), guide, seed=program.seed, **dict(program.parts.items()))
     made.to(program.device, program.dtype)
-    before, after = program.state_dict(), made.state_dict()
+    # Guesses of refined cells are not taken along: those of the query are to be refined with it.
+    before = {name: value for name, value in program.state_dict().items() if not name.startswith("corrections.")}
+    after = made.state_dict()
     parameters = dict(made.named_parameters())
     entries: dict[str, Tensor] = {}
     with torch.no_grad():

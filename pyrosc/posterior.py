@@ -167,6 +167,7 @@ class Fit:
         n_draws: int = 25,
         scale: float = 1.0,
         interval: float | None = None,
+        importance: int = 0,
         seed: int = 0,
     ) -> pd.DataFrame:
         """Expected share of each gene (``rho``), averaged over draws of the latent state.
@@ -180,6 +181,7 @@ class Fit:
         scale : multiplies shares: 1e4 gives expected counts per 10,000
         interval : probability of an equal-tailed interval, such as 0.9
             With it columns are (gene, "mean" | "sd" | "lower" | "upper").
+        importance : proposals a cell from which draws are taken by smoothed importance weights, as `draws`; 0 for none
         seed : draws are random through it; the error of a mean is its sd / sqrt(S)
 
         Returns
@@ -203,7 +205,8 @@ class Fit:
         columns = 4 if interval else 1
         require_memory(8 * len(cells) * len(names) * columns, "this table", "Ask for fewer genes or cells at a time.")
         means, rest = [], []
-        for (shares,) in self._draws_of("rho", cells, [worlds], n_draws, seed, at, bool(do)):
+        weighed = self._weighed(importance, n_draws)
+        for (shares,) in self._draws_of("rho", cells, [worlds], n_draws, seed, at, bool(do), weighed):
             shares = shares * scale
             means.append(shares.mean(0).cpu())
             if interval is not None:
@@ -218,6 +221,7 @@ class Fit:
             table = pd.DataFrame(both.reshape(len(cells), -1), index=cells.names, columns=header)
         table.attrs["uncertainty"] = self._uncertainty()
         table.attrs["unit"] = "share" if self.schema.size_factor is None else "rate per unit of size factor"
+        self._say_weighed(weighed)
         return table
 
     def predict(
@@ -836,8 +840,7 @@ class Fit:
             raise ValueError(f'batches must be "shared" or "own", not {batches!r}')
         _check_numbers(delta=delta, pseudocount=pseudocount, fdr=fdr, interval=interval)
         n_draws, importance = whole("n_draws", n_draws, 2), whole("importance", importance, 0)
-        if 0 < importance < max(100, n_draws):
-            raise ValueError(f"importance must be 0 or at least {max(100, n_draws)} draws, not {importance}")
+        _check_importance(importance, n_draws)
         for name, flag in (("resample", resample), ("residual", residual), ("shrink", shrink)):
             if not isinstance(flag, (bool, np.bool_)):
                 raise TypeError(f"{name} is True or False, not {flag!r}")
@@ -1362,9 +1365,17 @@ class Fit:
         n_draws: int = 100,
         *,
         do: Mapping[str, Any] | None = None,
+        importance: int = 0,
         seed: int = 0,
     ) -> np.ndarray:
         """Posterior draws of any site of the story: ``fit.draws("dispersion", cells)``.
+
+        Parameters
+        ----------
+        do : columns to set for decoding; the state is read from the cells as they were seen
+        importance : proposals a cell from which draws are taken by smoothed importance weights, 0 for none
+            At least 100. They go from the guide to the posterior where the guide is near enough (`check.importance`);
+            cells whose weights cannot be relied on keep the guide's draws, with a warning that says how many.
 
         Returns
         -------
@@ -1408,10 +1419,12 @@ class Fit:
 
         found = []
         world = cells if do is None else cells.do(**do)
-        for (block,) in by_draws(self.program, cells, [[world]], n_draws, seed, ask):
+        weighed = self._weighed(importance, n_draws)
+        for (block,) in by_draws(self.program, cells, [[world]], n_draws, seed, ask, weighed):
             found.append(block.cpu())
             if is_global:
                 break
+        self._say_weighed(weighed)
         return torch.cat(found, 1).numpy() if not is_global else found[0].numpy()
 
     def elbo(self, cells: Cells | anndata.AnnData, *, n_draws: int = 1, seed: int = 0) -> np.ndarray:
@@ -1706,6 +1719,19 @@ class Fit:
             )
         return cells.to(self.device, self.program.dtype)
 
+    @staticmethod
+    def _weighed(importance: int, n_draws: int) -> Importance | None:
+        """How draws are taken by weights; None for the guide's own."""
+        _check_importance(whole("importance", importance, 0), n_draws)
+        return Importance(importance) if importance else None
+
+    def _say_weighed(self, weighed: Importance | None) -> None:
+        if weighed is not None and weighed.n_unweighted:
+            self._warn(
+                f"importance weights cannot be relied on in {weighed.n_unweighted:,} of {weighed.n_cells:,} cells: "
+                "they keep the draws of the guide. fit.refine(cells, family='full') brings it nearer"
+            )
+
     def member_of(self, n_draws: int) -> np.ndarray:
         """(S,) which member each of so many draws is of, in the order they are answered in."""
         n_members = max(len(self.members), 1)
@@ -1875,6 +1901,22 @@ class Fit:
         elif n_draws is not None and value.dim() > 2:
             value = value.reshape(len(value), -1, value.shape[-1])
         return value.expand(n_draws or 1, n_cells, value.shape[-1])
+
+
+def require_fit(fit: Any) -> None:
+    """Refuse what is not a Fit.
+
+    Raises
+    ------
+    TypeError
+    """
+    if not isinstance(fit, Fit):
+        raise TypeError(f"expected a Fit first, as pyrosc.fit(...) answers, not {type(fit).__name__}")
+
+
+def _check_importance(importance: int, n_draws: int) -> None:
+    if 0 < importance < max(100, n_draws):
+        raise ValueError(f"importance must be 0 or at least {max(100, n_draws)} draws, not {importance}")
 
 
 def _check_numbers(**numbers: Any) -> None:

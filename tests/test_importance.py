@@ -7,10 +7,10 @@ import torch
 import pyrosc
 from pyrosc import Cells
 from pyrosc.draws import draw_guide
-from pyrosc.errors import ProgramError
+from pyrosc.errors import ProgramError, PyroscWarning
 
 from .test_encoders import Sum, correlated
-from .test_refinement import SETTINGS, Guess, two_latents
+from .test_refinement import SETTINGS, Guess, on_grid, two_latents
 
 
 def test_usable_cells_are_those_below_the_threshold():
@@ -79,3 +79,35 @@ def test_genes_are_not_told_where_draws_of_others_are_in_the_weights():
     program = pyrosc.scvi(cells, n_latent=2, dispersion=pyrosc.GeneDispersion(prior=pyrosc.InverseSqrtPrior(3.0)))
     with pytest.raises(ProgramError, match="has global sites"):
         pyrosc.check.importance_by_gene(pyrosc.Fit(program, [], dict(SETTINGS)), cells)
+
+
+def test_draws_and_expression_by_weights_are_those_of_the_posterior():
+    """A guide that is too wide, mended by weights: moments of the state by a grid."""
+    fit, cells = two_latents(0.9)
+    fit = fit.refine(cells, family="full", progress=False)
+    wide = fit.program.copy()
+    wide.corrections.z_log_scale += 0.4
+    wide.corrections.z_lower *= np.exp(0.4)
+    off = pyrosc.Fit(wide, [], dict(SETTINGS))
+    mean, covariance, _ = on_grid(cells)
+
+    plain, weighed = (off.draws("z", cells, 1000, importance=n) for n in (0, 4000))
+
+    sd = covariance.diagonal(dim1=-2, dim2=-1).sqrt().numpy()
+    assert np.median(plain.std(0) / sd) == pytest.approx(np.exp(0.4), rel=0.05)
+    # 1,000 draws, some of them twice: an sd has an error near 3 %, its median over 50 numbers less
+    assert np.median(weighed.std(0) / sd) == pytest.approx(1.0, abs=0.04)
+    assert np.abs((weighed.mean(0) - mean.numpy()) / sd).max() < 0.25
+    tables = [off.expression(cells, interval=0.9, n_draws=500, importance=n) for n in (0, 4000)]
+    width = [(t.xs("upper", axis=1, level=1) / t.xs("lower", axis=1, level=1)).stack().median() for t in tables]
+    assert width[1] < width[0] ** 0.8
+
+
+def test_cells_whose_weights_fail_keep_the_guide_s_draws_and_are_counted():
+    fit, cells = two_latents(0.05)
+    with pytest.warns(PyroscWarning, match=r"cannot be relied on in 25 of 25 cells.*fit.refine"):
+        z = fit.draws("z", cells, 200, importance=500)
+
+    assert z.std(0).max() < 0.08
+    with pytest.raises(ValueError, match="importance must be 0 or at least 200 draws, not 150"):
+        fit.draws("z", cells, 200, importance=150)

@@ -290,3 +290,15 @@ def test_what_cannot_be_refined_says_why(careful):
     own = pyrosc.Program(model, cells, guide, encoder=pyrosc.Encoder(1, 8), likelihood=pyrosc.PoissonLikelihood())
     with pytest.raises(ProgramError, match='"z" is drawn from Gamma, which is no normal nor made from one'):
         pyrosc.Fit(own, [], dict(SETTINGS)).refine(cells, progress=False)
+
+
+@pytest.mark.filterwarnings("ignore::pyrosc.PyroscWarning")
+def test_a_refined_reference_is_mapped_on_without_its_corrections(careful):
+    _, cells = careful
+    fit = pyrosc.fit(pyrosc.scvi(cells, n_latent=3, n_hidden=16), cells, epochs=2, progress=False)
+    query = Cells.from_counts(np.random.default_rng(1).poisson(2.0, (12, 20)), batch=["c"] * 12)
+
+    mapped = fit.refine(cells[:10], steps=5, progress=False).map(query, epochs=1, progress=False)
+
+    np.testing.assert_array_equal(mapped.latent(cells), fit.latent(cells))
+    assert "refined" not in mapped.settings

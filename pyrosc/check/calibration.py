@@ -57,7 +57,7 @@ from ..errors import ProgramError
 from ..guides import is_computed, plain_support
 from ..isolation import checked_seed
 from ..parts import whole
-from ..posterior import Fit
+from ..posterior import Fit, require_fit
 from ..program import Program
 from ..schema import did_you_mean, listed
 
@@ -337,8 +337,9 @@ def calibration(
     minute on one core. Blocks of cells hold 32 MB at a time.
     """
     began = time.perf_counter()
-    if not isinstance(fit, Fit):
-        raise TypeError(f"calibration takes a Fit first, not {type(fit).__name__}")
+    require_fit(fit)
+    if resume is not None and not Path(resume).absolute().parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {Path(resume).absolute().parent} to keep ranks in (resume=)")
     if around not in ("prior", "posterior"):
         raise ValueError(f'around must be "prior" or "posterior", not {around!r}')
     n_simulations, n_draws = whole("n_simulations", n_simulations, 20), whole("n_draws", n_draws, 9)

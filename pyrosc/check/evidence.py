@@ -40,7 +40,7 @@ from ..cells import Cells
 from ..draws import by_block
 from ..hmc import Point, moments, transition
 from ..parts import whole
-from ..posterior import Fit
+from ..posterior import Fit, require_fit
 from ..program import Program
 from ..psis import pareto_k
 from .sampling import guide_draws
@@ -106,6 +106,7 @@ def evidence(
     of C x N cells for the two directions, some 4 / C of one of them for the step sizes, and S densities of N cells.
     For an ensemble it is the first fit that is asked.
     """
+    require_fit(fit)
     options = _options(n_draws, n_chains, n_steps, n_leapfrogs, path)
     ready, truth = _asked(fit, cells, simulate, seed)
     table = _bounds(fit, ready, truth, options, seed, progress)
@@ -154,6 +155,7 @@ def gaps(
     ProgramError
         As `evidence` and `Fit.refine` do.
     """
+    require_fit(fit)
     if isinstance(families, str) or not len(families):
         raise ValueError(f'families must be a list of families of q*, such as ("normal",), not {families!r}')
     options, n_elbo = _options(n_draws, n_chains, n_steps, n_leapfrogs, path), whole("n_elbo", n_elbo)

@@ -21,7 +21,7 @@ from ..cells import Cells
 from ..draws import by_block, draw_guide, follow, log_weight
 from ..errors import ProgramError
 from ..parts import whole
-from ..posterior import Fit
+from ..posterior import Fit, require_fit
 from ..psis import k_threshold, pareto_k
 from ..schema import column_of
 
@@ -57,6 +57,7 @@ def importance(
     -----
     Time and memory of S decodings of each cell: 5,000 draws of 500 cells and 2,000 genes are 5 x 10^9 densities.
     """
+    require_fit(fit)
     n_draws = whole("n_draws", n_draws, 100)
     levels = None if by is None else np.asarray(column_of(cells.obs, by, "by").astype(str))
     parts = []
@@ -98,6 +99,7 @@ def importance_by_gene(fit: Fit, cells: Cells | anndata.AnnData, n_draws: int = 
     ProgramError
         If the story has no counts ``x``, or sums out a site that they depend on.
     """
+    require_fit(fit)
     n_draws = whole("n_draws", n_draws, 20)
     ready, program = fit._ready(cells), fit.program
     if program.enumerated or program.has_globals:

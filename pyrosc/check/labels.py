@@ -18,7 +18,7 @@ from scipy import stats
 
 from ..annotation import truths, types_of
 from ..cells import Cells
-from ..posterior import Fit
+from ..posterior import Fit, require_fit
 
 _LEAST = 1e-6  # probability, for the logarithm
 _SIMULATED = 200
@@ -59,6 +59,7 @@ def labels(
     ProgramError
         If the story tells no types.
     """
+    require_fit(fit)
     if isinstance(n_bins, bool) or not hasattr(n_bins, "__index__") or n_bins < 1:
         raise ValueError(f"n_bins must be a whole number of at least 1, not {n_bins!r}")
     if not 0 < accuracy < 1:

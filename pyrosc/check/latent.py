@@ -37,7 +37,7 @@ from ..errors import ProgramError, PyroscWarning
 from ..guides import is_computed
 from ..isolation import checked_seed
 from ..parts import whole
-from ..posterior import Fit, _mean, _sd
+from ..posterior import Fit, _mean, _sd, require_fit
 from ..program import Program
 from ..schema import did_you_mean, listed
 
@@ -105,6 +105,7 @@ def latent(
 
     For a prior that is learned scales of z are free, and "active" is about scale: look at "information" then.
     """
+    require_fit(fit)
     n_draws, n_cells = whole("n_draws", n_draws, 1), whole("n_cells", n_cells, _LEAST_CELLS)
     seed = checked_seed(seed)
     if holes:

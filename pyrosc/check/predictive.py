@@ -27,7 +27,7 @@ from ..cells import Cells
 from ..counts import require_memory
 from ..draws import by_draws
 from ..parts import whole
-from ..posterior import Fit
+from ..posterior import Fit, require_fit
 from ..program import Program
 from ..schema import did_you_mean, listed
 from .compare import dropped, require_thinned_alike
@@ -101,6 +101,7 @@ def posterior_predictive(
         If a statistic is unknown or answers another shape, a replicate would not fit into memory, or these are the
         cells of the fit and another ``seed`` thins them otherwise than they were.
     """
+    require_fit(fit)
     n_draws = whole("n_draws", n_draws, 20)
     ready, observed, fraction = _halves(fit, cells, seed)
     if fraction < 1:
@@ -156,6 +157,7 @@ def pit(
     ProgramError
         If the law of the counts is none of ours.
     """
+    require_fit(fit)
     from ..prediction import law_of_counts, tails
 
     n_draws = whole("n_draws", n_draws, 1)

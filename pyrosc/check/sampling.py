@@ -26,7 +26,7 @@ from ..cells import Cells
 from ..draws import by_block
 from ..hmc import DualAveraging, by_autograd, moments, transition
 from ..parts import positive, whole
-from ..posterior import Fit
+from ..posterior import Fit, require_fit
 from ..schema import listed
 
 _GUIDE_DRAWS = 400  # for the mean and covariance that chains are whitened by
@@ -133,6 +133,7 @@ def sample_posterior(
     (max_leapfrogs + 1) / 2 gradients of C x N cells; 100 cells x 1,500 genes take some five minutes on one core. For an
     ensemble it is the first fit that is asked.
     """
+    require_fit(fit)
     n_chains, n_draws = whole("n_chains", n_chains, 2), whole("n_draws", n_draws, 10)
     warmup, max_leapfrogs = whole("warmup", warmup, 50), whole("max_leapfrogs", max_leapfrogs)
     if sampler not in ("hmc", "nuts"):
@@ -345,6 +346,7 @@ def guide_error(
     ValueError
         If ``draws`` are of other cells, or a number is out of range.
     """
+    require_fit(fit)
     n_draws, max_r_hat = whole("n_draws", n_draws, 100), positive("max_r_hat", max_r_hat)
     names = list(cells.names if isinstance(cells, Cells) else cells.obs_names)
     if draws is None:

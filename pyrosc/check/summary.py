@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from ..cells import Cells
 from ..errors import ProgramError, PyroscWarning
 from ..isolation import checked_seed
-from ..posterior import Fit
+from ..posterior import Fit, require_fit
 from .calibration import calibration
 from .importance import importance
 from .latent import ACTIVE, latent
@@ -76,6 +76,7 @@ def summary(
     may be chance or may not matter. The prior's row needs scikit-learn. Fits whose story sums over labels or has global
     sites are judged given the labels' law and one draw of those sites.
     """
+    require_fit(fit)
     seed = checked_seed(seed)
     ready = fit._ready(cells)
     if len(ready) < 20:
