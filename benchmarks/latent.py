@@ -17,6 +17,8 @@ mixture fitted afterwards to the fit of N(0, I), its encoder and decoder frozen;
     AUC counts, q the same for cells made up from states of these cells: what the prior cannot mend
     ELBO, log p   held-out, nats a cell (10 draws; 200 importance draws)
 
+scvi-tools' SCVI runs its 400 epochs and is taken as it ends; ours takes its best epoch by held-out cells.
+
 Lines, fixed before the run: AUC (z and counts) closer to 0.5 than that of N(0, I); ELBO not worse (mean difference
 over seeds not below zero by two standard errors); 6 to 10 active latents. Runs that are in the file are not repeated.
 """
@@ -251,7 +253,9 @@ def report(runs: list[dict[str, Any]], note: str) -> str:
             )
             m, se = found["ELBO"]
             active = 6 <= rows["active"].mean() <= 10
-            verdicts = ["", ""] if arm == "N(0, I)" else ["yes" if nearer else "no", "no" if m < -2 * se else "yes"]
+            verdicts = ["yes" if nearer else "no", "no" if m < -2 * se else "yes"]
+            if arm == "N(0, I)" or len(common) < 2:
+                verdicts = ["", ""] if arm == "N(0, I)" else ["one seed", "one seed"]
             lines.append(f"| {arm} | " + " | ".join([*said, *verdicts, "yes" if active else "no"]) + " |")
         lines.append("")
     return "\n".join(lines)
