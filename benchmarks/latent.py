@@ -111,7 +111,7 @@ def run_prior(arm: str, data: Any, batch: str, seed: int, before: dict[str, Any]
     return {
         "active": table.attrs["n_active"], "I > 0.1": int((table["information"] > 0.1).sum()),
         "I": table.attrs["information"], "KL(q, p)": table.attrs["kl_aggregate"], "KL": table.attrs["kl"],
-        "AUC z": table.attrs["auc"], "AUC z, se": table.attrs["auc_se"],
+        "AUC z": table.attrs["auc"],
         **told_apart(data.X[test], made, states, seed),
         "ELBO": float(fit.elbo(asked, n_draws=ELBO_DRAWS).mean()),
         "log p(x)": float(fit.log_likelihood(asked, DRAWS).mean()),
@@ -143,11 +143,11 @@ def run_peer(python: str, data: Any, batch: str, seed: int) -> dict[str, Any]:
     z = law.sample((1,))
     prior = Independent(Normal(torch.zeros_like(z[0]), torch.ones_like(z[0])), 1)
     (own, own_k), (mixed, mixed_k) = _densities([law], z), _mixture([law], z)
-    auc, se = check.c2st(z[0].numpy(), torch.randn_like(z[0]).numpy(), seed=seed)
+    auc, _ = check.c2st(z[0].numpy(), torch.randn_like(z[0]).numpy(), seed=seed)
     return {
         "active": int((held["loc"].var(0) > 0.01).sum()), "I > 0.1": int(((own_k - mixed_k).mean((0, 1)) > 0.1).sum()),
         "I": float((own - mixed).mean()), "KL(q, p)": float((mixed - prior.log_prob(z)).mean()),
-        "KL": float((own - prior.log_prob(z)).mean()), "AUC z": auc, "AUC z, se": se,
+        "KL": float((own - prior.log_prob(z)).mean()), "AUC z": auc,
         **told_apart(data.X[test], held["made"], held["states"], seed),
         "ELBO": float(held["elbo"].mean()), "log p(x)": float(held["log_likelihood"].mean()),
         "epochs": int(held["epochs"]), "seconds": float(held["seconds"]), "version": str(held["version"]),
