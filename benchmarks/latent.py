@@ -4,9 +4,9 @@
 
 SIM-A (`pyrosc.simulate.tissue`, another one for each seed: 4,000 cells x 1,000 genes, 8 types, 3 batches) and, if its
 file is given (2,000 genes, as ``kang.prepare`` makes it), Kang; K = 20, of which SIM-A needs some 8 at most. Seven
-tenths of the cells are fitted, the rest asked. Arms: N(0, I); a mixture of 20; VampPrior of 50; a flow; a flow fitted
-afterwards to the fit of N(0, I), its encoder and decoder frozen; and scvi-tools with its defaults, where ``--peer``
-names a Python that has it.
+tenths of the cells are fitted, the rest asked. Arms: N(0, I); a mixture of 20; VampPrior of 50; a flow; a flow and a
+mixture fitted afterwards to the fit of N(0, I), its encoder and decoder frozen; and scvi-tools with its defaults, where
+``--peer`` names a Python that has it.
 
     active        latents whose posterior mean varies over cells by more than 0.01
     I > 0.1       latents of more than 0.1 nats of information about the cell (scale-free)
@@ -16,6 +16,8 @@ names a Python that has it.
                   the prior, with the batches and totals of the cells asked, from those cells
     AUC counts, q the same for cells made up from states of these cells: what the prior cannot mend
     ELBO, log p   held-out, nats a cell (10 draws; 200 importance draws)
+
+scvi-tools' SCVI runs its 400 epochs and is taken as it ends; ours takes its best epoch by held-out cells.
 
 Lines, fixed before the run: AUC (z and counts) closer to 0.5 than that of N(0, I); ELBO not worse (mean difference
 over seeds not below zero by two standard errors); 6 to 10 active latents. Runs that are in the file are not repeated.
@@ -39,7 +41,8 @@ import numpy as np
 
 SEEDS = (0, 1, 2, 3, 4)
 WIDTH = 20
-PRIORS = ("N(0, I)", "mixture 20", "Vamp 50", "flow", "flow afterwards")
+PRIORS = ("N(0, I)", "mixture 20", "Vamp 50", "flow", "flow afterwards", "mixture afterwards")
+AFTERWARDS = ("flow afterwards", "mixture afterwards")
 PEER = "scvi-tools"
 ELBO_DRAWS, DRAWS = 10, 200
 
@@ -79,10 +82,10 @@ def fitted(arm: str, cells: Any, seed: int, before: dict[str, Any]) -> Any:
         "mixture 20": lambda: pyrosc.MixturePrior(20), "Vamp 50": lambda: pyrosc.VampPrior(50),
         "flow": lambda: pyrosc.FlowPrior(),
     }  # fmt: skip
-    if arm == "flow afterwards":
+    if arm in AFTERWARDS:
         program = before["N(0, I)"].program.copy()
         program.requires_grad_(False)
-        program = program.replace(prior=pyrosc.FlowPrior())
+        program = program.replace(prior=pyrosc.FlowPrior() if arm == "flow afterwards" else pyrosc.MixturePrior(20))
     else:
         parts = {"prior": priors[arm]()} if arm in priors else {}
         program = pyrosc.scvi(cells, n_latent=WIDTH, seed=seed, **parts)
@@ -108,7 +111,7 @@ def run_prior(arm: str, data: Any, batch: str, seed: int, before: dict[str, Any]
     return {
         "active": table.attrs["n_active"], "I > 0.1": int((table["information"] > 0.1).sum()),
         "I": table.attrs["information"], "KL(q, p)": table.attrs["kl_aggregate"], "KL": table.attrs["kl"],
-        "AUC z": table.attrs["auc"], "AUC z, se": table.attrs["auc_se"],
+        "AUC z": table.attrs["auc"],
         **told_apart(data.X[test], made, states, seed),
         "ELBO": float(fit.elbo(asked, n_draws=ELBO_DRAWS).mean()),
         "log p(x)": float(fit.log_likelihood(asked, DRAWS).mean()),
@@ -140,11 +143,11 @@ def run_peer(python: str, data: Any, batch: str, seed: int) -> dict[str, Any]:
     z = law.sample((1,))
     prior = Independent(Normal(torch.zeros_like(z[0]), torch.ones_like(z[0])), 1)
     (own, own_k), (mixed, mixed_k) = _densities([law], z), _mixture([law], z)
-    auc, se = check.c2st(z[0].numpy(), torch.randn_like(z[0]).numpy(), seed=seed)
+    auc, _ = check.c2st(z[0].numpy(), torch.randn_like(z[0]).numpy(), seed=seed)
     return {
         "active": int((held["loc"].var(0) > 0.01).sum()), "I > 0.1": int(((own_k - mixed_k).mean((0, 1)) > 0.1).sum()),
         "I": float((own - mixed).mean()), "KL(q, p)": float((mixed - prior.log_prob(z)).mean()),
-        "KL": float((own - prior.log_prob(z)).mean()), "AUC z": auc, "AUC z, se": se,
+        "KL": float((own - prior.log_prob(z)).mean()), "AUC z": auc,
         **told_apart(data.X[test], held["made"], held["states"], seed),
         "ELBO": float(held["elbo"].mean()), "log p(x)": float(held["log_likelihood"].mean()),
         "epochs": int(held["epochs"]), "seconds": float(held["seconds"]), "version": str(held["version"]),
@@ -230,10 +233,8 @@ def report(runs: list[dict[str, Any]], note: str) -> str:
                     f"{rows[c].mean():.{digits}f}" + (f" (sd {rows[c].std():.{digits}f})" if len(rows) > 1 else "")
                 )
             lines.append(f"| {arm} | {len(rows)} | " + " | ".join(cells) + " |")
-        lines += ["", "Beside N(0, I), by seed, mean (standard error); and the lines.", ""]
-        lines += [
-            "| arm | AUC z less | AUC counts less | ELBO | log p(x) | closer to .5 | ELBO not worse | 6 to 10 active |"
-        ]
+        lines += ["", "Differences from N(0, I) by seed, mean (standard error); and the lines.", ""]
+        lines += ["| arm | AUC z | AUC counts | ELBO | log p(x) | closer to .5 | ELBO not worse | 6 to 10 active |"]
         lines.append("|---|---|---|---|---|---|---|---|")
         base = of.loc["N(0, I)"]
         for arm in here:
@@ -252,7 +253,9 @@ def report(runs: list[dict[str, Any]], note: str) -> str:
             )
             m, se = found["ELBO"]
             active = 6 <= rows["active"].mean() <= 10
-            verdicts = ["", ""] if arm == "N(0, I)" else ["yes" if nearer else "no", "no" if m < -2 * se else "yes"]
+            verdicts = ["yes" if nearer else "no", "no" if m < -2 * se else "yes"]
+            if arm == "N(0, I)" or len(common) < 2:
+                verdicts = ["", ""] if arm == "N(0, I)" else ["one seed", "one seed"]
             lines.append(f"| {arm} | " + " | ".join([*said, *verdicts, "yes" if active else "no"]) + " |")
         lines.append("")
     return "\n".join(lines)
@@ -317,7 +320,7 @@ def main() -> None:
     def todo(name: str, seed: int) -> list[str]:
         done = {r["arm"] for r in runs if (r["data"], r["seed"]) == (name, seed)}
         left = [arm for arm in given.arms if arm not in done and (arm != PEER or given.peer)]
-        if "flow afterwards" in left and "N(0, I)" not in left:
+        if not set(AFTERWARDS).isdisjoint(left) and "N(0, I)" not in left:
             left.insert(0, "N(0, I)")  # what it starts from
         return left
 

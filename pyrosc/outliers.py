@@ -13,11 +13,11 @@
              to one level? Doublets have two cells' counts.
 
 The last two are conformal: the rank of a cell among those of the fit (Vovk et al. 2005, Algorithmic Learning in a
-Random World), uniform for a cell like them. The four are joined by Fisher's sum of logs, its null that of sums of
-dependent p-values (Brown 1975, Biometrics 31:987): the last two share the covariance that they have among the cells of
-the fit, the first two that of normals (Kost and McDermott 2002, Statistics and Probability Letters 60:183) of the rank
-correlation among the cells asked, which strange ones can but raise; dropped counts tell nothing else of sound cells
-under the story. So cells that are a little odd in each are found, and ranks do not bound p from below.
+Random World), uniform for a cell like them. The first two are of the same counts and go together: Cauchy's combination
+joins them whatever they share (Liu and Xie 2020, JASA 115:393). That and the last two are joined by Fisher's sum of
+logs, its null that of sums of dependent p-values (Brown 1975, Biometrics 31:987) with the covariance that the last two
+have among the cells of the fit; dropped counts tell nothing else of sound cells under the story. So cells that are a
+little odd in each are found, and ranks do not bound p from below.
 
 The null of the first two is Student's t with 5 degrees of freedom, not the normal: among held-out singlets of Kang's
 cells the excess kurtosis of surprise is 2 to 4, as genes with rare large counts have heavier tails than their laws.
@@ -78,9 +78,9 @@ def judged(scores: pd.DataFrame, fdr: float) -> pd.DataFrame:
     for name, score in (("p_counts", "surprise"), ("p_genes", "extra_genes")):
         table[name] = beside_others(scores[score].to_numpy())
     table[["p_state", "p_total"]] = scores[["p_state", "p_total"]]
-    rank = float(np.nan_to_num(stats.spearmanr(scores["surprise"], scores["extra_genes"]).statistic))
-    shared = max(scores.attrs["shared"], 0.0) + of_normals(rank)
-    table["p"] = combined(table[["p_counts", "p_genes", "p_state", "p_total"]].to_numpy(), shared)
+    of_counts = either(table[["p_counts", "p_genes"]].to_numpy())
+    of_three = np.column_stack([of_counts, table["p_state"], table["p_total"]])
+    table["p"] = combined(of_three, scores.attrs["shared"])
     table["q"] = stats.false_discovery_control(table["p"])
     table["is_outlier"] = table["q"] <= fdr
     table.attrs = {}
@@ -92,12 +92,6 @@ def beside_others(score: np.ndarray) -> np.ndarray:
     centre = np.median(score)
     spread = float(np.median(np.abs(score - centre)))
     return stats.t.sf((score - centre) / max(spread / float(stats.t.ppf(0.75, _TAIL)), 1e-12), _TAIL)
-
-
-def of_normals(correlation: float) -> float:
-    """Covariance of -2 log p of one-sided p-values of two normals; 0 for a negative correlation."""
-    r = max(correlation, 0.0)
-    return 3.263 * r + 0.710 * r**2 + 0.027 * r**3
 
 
 def _surprise(
@@ -177,6 +171,12 @@ def conformal(score: np.ndarray, among: np.ndarray) -> np.ndarray:
     """(N,) share of scores (M,), the cell's own among them, that are at least as large."""
     order = np.sort(among)
     return (1 + len(order) - np.searchsorted(order, score, side="left")) / (len(order) + 1)
+
+
+def either(p: np.ndarray) -> np.ndarray:
+    """(N,) one p-value of several (N, K) that may depend on each other, by the mean of their Cauchy quantiles."""
+    cauchy = np.tan((0.5 - np.clip(p, 1e-15, 1 - 1e-3)) * np.pi).mean(1)
+    return np.clip(stats.cauchy.sf(cauchy), 0.0, 1.0)
 
 
 def combined(p: np.ndarray, shared: float = 0.0) -> np.ndarray:

@@ -242,7 +242,7 @@ def test_samples_of_other_laws_are_told_by_as_much_as_they_can_be():
     assert best - 0.05 < shifted < best + 4 * se
     # Scale: |z|^2 against 2.25 |z|^2, chi-squared of 5; area by its ratio, F(5, 5).
     best = stats.f.cdf(2.25, 5, 5)
-    assert best - 0.05 < wide < best + 4 * 0.01
+    assert best - 0.05 < wide < best + 4 * 0.015
     assert correlated > 0.65
 
 
@@ -253,7 +253,7 @@ def test_one_law_is_told_from_itself_by_chance_alone():
 
     z = (found[:, 0] - 0.5) / found[:, 1]
     assert np.abs(z).max() < 3.5  # of 12 about standard normal
-    assert 0.4 < z.std() < 1.7  # chi-squared of 11, 0.1 % at either side
+    assert 0.3 < z.std() < 1.7  # chi-squared of 11, 0.1 % at either side of 0.7 and 1
     one, other = draw.normal(size=(2, 60, 2))
     assert check.c2st(one, other, seed=1) == check.c2st(one, other, seed=1)
 
@@ -266,7 +266,8 @@ def test_areas_of_one_law_have_the_error_that_is_stated():
 
     z = (found[:, 0] - 0.5) / found[:, 1]
     assert abs(z.mean()) < 4 / 150**0.5
-    assert 0.8 < z.std() < 1.25  # 4 times 1 / sqrt(300)
+    assert 0.6 < z.std() < 1.23  # at most 1, and 4 times 1 / sqrt(300); folds taken as independent give 1.5
+    assert 1.5 * z.std() > 1.23
 
 
 # ---- any story ---------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from scipy import sparse, stats
 
 import pyrosc
 from pyrosc import Cells, PyroscWarning
-from pyrosc.outliers import beside_others, combined, conformal, judged, levelled, of_normals
+from pyrosc.outliers import beside_others, combined, conformal, either, judged, levelled
 from pyrosc.overlap import Landmarks
 
 
@@ -87,12 +87,14 @@ def test_scores_that_are_heavy_tailed_are_judged_by_a_heavy_tail():
     assert (stats.norm.sf((score - 2) / spread) < 0.0005).mean() > 0.0025  # five times too many
 
 
-def test_covariances_of_normals_are_those_of_their_log_p_values():
-    draw = np.random.default_rng(4)
-    for r in (0.3, 0.7):
-        p = stats.norm.sf(draw.multivariate_normal([0, 0], [[1, r], [r, 1]], 200_000))
-        assert of_normals(r) == pytest.approx(np.cov(-2 * np.log(p.T))[0, 1], rel=0.05)
-    assert of_normals(-0.5) == 0
+def test_p_values_of_the_same_counts_keep_their_level_whatever_they_share():
+    draw = np.random.default_rng(1)
+    for r in (0.0, 0.7, 0.99):
+        p = stats.norm.sf(draw.multivariate_normal([0, 0], [[1, r], [r, 1]], 40_000))
+        for level in (0.01, 0.05):  # standard errors 0.0005 and 0.0011
+            assert (either(p) <= level).mean() == pytest.approx(level, rel=0.25)
+    assert either(np.array([[1e-8, 0.9]]))[0] < 1e-6
+    assert either(np.array([[1.0, 1.0]]))[0] > 0.9
 
 
 def test_p_values_of_sound_cells_keep_their_level_where_surprise_and_genes_go_together():
@@ -107,6 +109,7 @@ def test_p_values_of_sound_cells_keep_their_level_where_surprise_and_genes_go_to
 
     for level in (0.05, 0.005):  # standard errors 0.0015 and 0.0005; Brown's law is an approximation
         assert (found["p"] <= level).mean() == pytest.approx(level, rel=0.3)
+    # As if they told two things:
     alone = combined(found[["p_counts", "p_genes", "p_state", "p_total"]].to_numpy())
     assert (alone <= 0.005).mean() > 1.3 * (found["p"] <= 0.005).mean()
 

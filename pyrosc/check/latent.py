@@ -175,9 +175,11 @@ def c2st(one: Any, other: Any, *, n_folds: int = 5, seed: int = 0) -> tuple[floa
     Returns
     -------
     float, float
-        The area, mean over parts, and its standard error (DeLong et al. 1988, Biometrics 44:837, given the
-        classifiers). Of one law it is 0.5, and (area - 0.5) / se about standard normal; slightly below 0.5 as often as
-        above.
+        The area, mean over parts, and its standard error. Of one law the area is 0.5, or by chance slightly below as
+        often as above. Within a part the variance is that of DeLong et al. (1988, Biometrics 44:837); parts share what
+        their classifiers were trained on, so their mean is taken to have 1 / n_folds + 1 / (n_folds - 1) of it (Nadeau
+        and Bengio 2003, Machine Learning 52:239), a rule of thumb: for two samples of one law, (area - 0.5) / se had an
+        sd of 0.98 (300 rows, 3 dimensions) and 0.76 (1,000 rows, 5 dimensions). Taken as independent, 1.47 and 1.14.
 
     Raises
     ------
@@ -212,7 +214,7 @@ def c2st(one: Any, other: Any, *, n_folds: int = 5, seed: int = 0) -> tuple[floa
         area, variance = _area(found[~is_other[held]], found[is_other[held]])
         areas.append(area)
         variances.append(variance)
-    return float(np.mean(areas)), float(np.sqrt(np.sum(variances)) / n_folds)
+    return float(np.mean(areas)), float(np.sqrt(np.mean(variances) * (1 / n_folds + 1 / (n_folds - 1))))
 
 
 def _classifier(seed: int) -> Any:
