@@ -127,7 +127,8 @@ class Directions(Part):
 
     Directions with a posterior, not weights of a network, are what keeps the story from explaining the noise of a
     sample's counts: a decoder free to turn effects into any change of expression did so, and samples that do not differ
-    came out 0.08 log2 apart, surely (simulated donors of 500 cells; the noise of their sums).
+    came out 0.13 log2 apart, where directions have them at 0.07 (simulated donors of 500 cells that differ in
+    composition; benchmarks/results/mrvi_choices.md).
 
     Parameters
     ----------
@@ -198,7 +199,8 @@ class SampleEncoder(Encoder):
 
     What all cells of a sample have in common says nothing of the state that is free of samples. An encoder that reads
     it finds its way back to states that hold the sample, and leaves nothing for effects: on Kang, states told the
-    condition of a cell (AUC 0.99), and trees of samples of monocytes did not (benchmarks/results/samples.md).
+    condition of a cell (AUC 1.00), and trees of samples of monocytes put 8 of 16 on its side
+    (benchmarks/results/mrvi_choices.md).
 
     Parameters
     ----------
@@ -257,11 +259,11 @@ class SampleNormal(Part):
 
     Notes
     -----
-    Trained at the learning rate of the networks, as effects and decoder have to move together: at ten times that rate,
-    which guides of other global sites take, distances of simulated samples came out worse (rank correlation 0.6
-    against 0.85). A fit takes 2,000 steps for it by default, and lets the KL weight rise over 0.6 of them: the evidence
-    decides how much of an effect there is once there is one. With 0.3, two types with effects of their own shared an
-    archetype in one tissue of two, and distances came out worse (0.64 against 0.90).
+    Trained at the learning rate of the networks, as effects and decoder have to move together; at ten times that rate,
+    which guides of other global sites take, distances of simulated samples came out as well (one tissue). A fit takes
+    2,000 steps for it by default, and lets the KL weight rise over 0.6 of them: the evidence decides how much of an
+    effect there is once there is one. With 0.3 distances came out worse (rank correlation 0.63 against 0.89;
+    benchmarks/results/mrvi_choices.md).
     """
 
     steps, warmup = 2000, 0.6

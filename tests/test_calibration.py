@@ -517,7 +517,7 @@ def test_what_cannot_be_simulated_is_refused():
             calibration(fit, cells_of(40_001), progress=False, **({"n_simulations": 20} | options))
     with pytest.raises(ProgramError, match='observes "?protein"? besides the counts'):
         calibration(fit_of(exact, observes), CELLS, **QUIET)
-    with pytest.raises(TypeError, match="takes a Fit first"):
+    with pytest.raises(TypeError, match="expected a Fit first"):
         calibration(fit.program, CELLS)
     if not hasattr(fit, "refine"):
         with pytest.raises(ValueError, match="no refine"):
