@@ -81,7 +81,7 @@ def fit(
     weight_decay: float | None = None,
     clip_norm: float = 10.0,
     objective: ELBO | str | None = None,
-    k: int = 10,
+    k: int | None = None,
     ensemble: int = 0,
     refine: int = 0,
     seed: int | None = 0,
@@ -117,7 +117,7 @@ def fit(
         bound of each cell by ``k`` draws (`IWAE`): a guide that is wide where it cannot be right, whose draws can be
         reweighed (``importance=``); a step takes longer, and held-out cells are judged by that bound. A guide trained
         so is no best guess by itself: ask for its draws with weights.
-    k : draws a cell of ``objective="iwae"``, at least 2
+    k : draws a cell of ``objective="iwae"``, at least 2; None for 10
     ensemble : number of refits on resampled donors (``sample=``; cells where they are not known), 0 for none
         Each starts from the fit and runs half as many epochs. Intervals of expression and of effects then hold the
         uncertainty of the decoder; without refits they hold that of the state alone, and are too narrow.
@@ -239,7 +239,8 @@ def fit(
 
 
 def _refit(
-    result: Fit, cells: Cells, n_members: int, validation: Any, objective: ELBO | str | None, k: int, device: Any,
+    result: Fit, cells: Cells, n_members: int, validation: Any, objective: ELBO | str | None, k: int | None,
+    device: Any,
     progress: bool,
 ) -> None:  # fmt: skip
     """Give a fit its members: refits on resampled donors, or cells, that start from it.
@@ -333,6 +334,8 @@ def _check_arguments(
 
 def _objective(objective: Any, k: Any, program: Program) -> ELBO | IWAE | None:
     """What is to be maximised; None for our own ELBO."""
+    if k is not None and objective != "iwae":
+        raise ValueError(f'k={k!r} is of objective="iwae" alone, which is not asked for')
     if objective is None:
         return None
     if isinstance(objective, str) and objective != "iwae":
@@ -346,7 +349,7 @@ def _objective(objective: Any, k: Any, program: Program) -> ELBO | IWAE | None:
             f"objective: this story sums out {listed(program.enumerated + program.guided_sums)}, or its guide adds a "
             "factor, by a bound of its own; leave objective=None"
         )
-    return IWAE(whole("k", k, 2)) if isinstance(objective, str) else objective
+    return IWAE(whole("k", 10 if k is None else k, 2)) if isinstance(objective, str) else objective
 
 
 def _device(device: str | torch.device) -> torch.device:

@@ -737,7 +737,7 @@ def test_an_ensemble_that_is_interrupted_keeps_what_it_has(cells, fit, monkeypat
         first = pyrosc.Fit(fit.program, fit.history, dict(fit.settings))
         monkeypatch.setattr(pyrosc.training, "fit", lambda *a, done=done, **k: next(done))
         with pytest.warns(PyroscWarning, match=f"interrupted in refit {n_done + 1} of 3"):
-            pyrosc.training._refit(first, cells, 3, 0.1, None, 10, "cpu", False)
+            pyrosc.training._refit(first, cells, 3, 0.1, None, None, "cpu", False)
         assert len(first.members) == first.settings["ensemble"] == n_kept
 
 

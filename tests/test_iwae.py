@@ -133,5 +133,7 @@ def test_what_cannot_be_an_objective_is_refused():
         pyrosc.fit(pyrosc.scvi(cells), cells, objective="vimco")
     with pytest.raises(ValueError, match="k must be a whole number of at least 2, not 1"):
         pyrosc.fit(pyrosc.scvi(cells), cells, objective="iwae", k=1)
+    with pytest.raises(ValueError, match='k=5 is of objective="iwae" alone'):
+        pyrosc.fit(pyrosc.scvi(cells), cells, k=5)
     with pytest.raises(ValueError, match="a bound of its own; leave objective=None"):
         pyrosc.fit(pyrosc.scanvi(cells), cells, objective="iwae")
