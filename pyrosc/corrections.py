@@ -79,20 +79,16 @@ def _factor(log_scale: Tensor, lower: Tensor | None) -> Tensor:
 
 
 def numbers_of(law: Any) -> int:
-    """How many numbers of the real line a law corrects.
+    """How many numbers of the real line each cell has in a law of batch (n,).
 
     Raises
     ------
     NotImplementedError
+        If it is no normal, nor made from one.
     """
     if isinstance(law, FullRankNormal) or type(law) in (dist.Normal, dist.LogNormal):
-        return 1 if not law.loc.dim() else int(law.loc.shape[-1])
-    if isinstance(law, torch.distributions.Independent):
-        base = law.base_dist
-        numbers_of(base)
-        shape = law.event_shape
-        return int(shape.numel()) if type(base) in (dist.Normal, dist.LogNormal) else numbers_of(base)
-    if isinstance(law, torch.distributions.TransformedDistribution):
+        return int(law.loc.shape[1:].numel())
+    if isinstance(law, torch.distributions.Independent | torch.distributions.TransformedDistribution):
         return numbers_of(law.base_dist)
     raise NotImplementedError(type(law).__name__)
 

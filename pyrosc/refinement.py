@@ -51,7 +51,8 @@ def refine(fit: Fit, cells: Cells, family: str, steps: int, n_draws: int, lr: fl
     corrections: Any = main.corrections
     settings = fit.settings | {
         "refined": {
-            "cells": len(corrections), "family": family, "steps": steps, "elbo_before": before, "elbo_after": after,
+            "cells": len(corrections), "family": family, "steps": steps, "n_draws": n_draws, "lr": lr,
+            "elbo_before": before, "elbo_after": after,
         }
     }  # fmt: skip
     return Fit(main, fit.history, settings, members, fit.landmarks, fit.examples)

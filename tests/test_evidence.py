@@ -4,7 +4,6 @@ import warnings
 
 import numpy as np
 import pandas as pd
-import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -16,36 +15,12 @@ from pyrosc.cell_posterior import CellPosterior
 from pyrosc.check import evidence, gaps
 from pyrosc.check.evidence import _asked, _GuidePath, _PriorPath, schedule
 
-COUNTS = np.array([[4, 1, 2, 0, 1, 0], [0, 5, 1, 2, 7, 9], [12, 9, 15, 0, 0, 0], [0, 0, 0, 1, 0, 1]])
-SHAPE, INVERSE = 2.0, 0.5
-
-
-def two_rates(cells):
-    """rate (n, 2) ~ Gamma; three genes follow the one and three the other."""
-    with cells.plate():
-        rate = pyro.sample("rate", dist.Gamma(torch.full((len(cells), 2), SHAPE).to(cells.dtype), INVERSE).to_event(1))
-        pyro.sample("x", dist.Poisson(rate.repeat_interleave(3, -1)).to_event(1), obs=cells.x)
-
-
-def guide_of(narrow):
-    """The posterior; or with a variance ``narrow`` ** 2 times as large."""
-
-    def guide(cells):
-        shape = SHAPE + cells.x.reshape(-1, 2, 3).sum(-1)
-        with cells.plate():
-            pyro.sample("rate", dist.Gamma(shape / narrow**2, (INVERSE + 3.0) / narrow**2).to_event(1))
-
-    return guide
+from .test_sampling import COUNTS, INVERSE, SHAPE, conjugate
 
 
 def a_fit(program, cells):
     settings = {"n_cells": len(cells), "state": "finished", "best_epoch": 1, "kl_weight": 1.0}
     return pyrosc.Fit(program, pd.DataFrame(), settings)
-
-
-def conjugate(narrow=1.0, counts=COUNTS):
-    cells = Cells.from_counts(counts)
-    return a_fit(pyrosc.Program(two_rates, cells, guide_of(narrow)), cells), cells
 
 
 def exact(counts):
@@ -308,7 +283,6 @@ def test_numbers_out_of_range_are_refused():
 # ---- gaps -------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not hasattr(pyrosc.Fit, "refine"), reason="Fit.refine is not there")
 def test_gaps_add_up_and_a_guide_of_another_cell_is_a_gap_of_amortisation(small_fit):
     fit, cells = small_fit
 

@@ -302,3 +302,28 @@ def test_a_refined_reference_is_mapped_on_without_its_corrections(careful):
 
     np.testing.assert_array_equal(mapped.latent(cells), fit.latent(cells))
     assert "refined" not in mapped.settings
+
+
+@pytest.mark.filterwarnings("ignore::pyrosc.PyroscWarning")
+def test_sites_of_one_number_a_cell_are_refined():
+    """Sites without an event dimension, one positive and one real, guided by completion."""
+
+    def model(cells, *, likelihood):
+        with cells.plate():
+            rate = pyro.sample("rate", dist.LogNormal(0.0, 1.0))
+            shift = pyro.sample("shift", dist.Normal(0.0, 0.1))
+            mean = rate * shift.exp()
+            pyro.sample("x", likelihood(mean.unsqueeze(-1).expand(*mean.shape, cells.n_genes)), obs=cells.x)
+
+    cells = Cells.from_counts(np.random.default_rng(0).poisson(2.0, (20, 6)))
+    program = pyrosc.Program(model, cells, likelihood=pyrosc.PoissonLikelihood())
+    fit = pyrosc.fit(program, cells, epochs=2, progress=False)
+
+    better = fit.refine(cells, progress=False)
+
+    assert better.program.corrections.sizes == {"rate": 1, "shift": 1}
+    # The posterior of log rate is near normal; the prior and a sum of six counts say how narrow.
+    found = better.draws("rate", cells, 2000)
+    total = cells.x.sum(-1).numpy()
+    assert np.median(np.log(found).std(0) * total**0.5) == pytest.approx(1.0, rel=0.15)
+    assert better.elbo(cells, n_draws=50).mean() > fit.elbo(cells, n_draws=50).mean() + 0.5

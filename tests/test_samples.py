@@ -183,6 +183,8 @@ def test_stories_say_what_samples_they_need(few):
         pyrosc.mrvi(one)
     with pytest.raises(ProgramError, match=r"SampleEffects\(1, None\)"):
         pyrosc.shifted_samples(few, effects=pyrosc.SampleEffects(2, None))
+    with pytest.raises(ProgramError, match="FullRankEncoder has a law of its own"):
+        pyrosc.shifted_samples(few, encoder=pyrosc.FullRankEncoder(2))
     with pytest.raises(ProgramError, match='give the part "effects" n_effect='):
         pyrosc.mrvi(few, effects=pyrosc.SampleEffects(2, None))
     with pytest.raises(ValueError, match="n_archetypes must be a whole number"):

@@ -348,9 +348,7 @@ def calibration(
         raise ValueError(f"level must be between 0 and 1, not {level!r}")
     if refined is None:
         refined = bool(fit.settings.get("refined"))
-    if refined and not hasattr(fit, "refine"):
-        raise ValueError("refined=True needs a fit whose guide can be refined, and this one has no refine()")
-    if isinstance(importance, bool) or not hasattr(importance, "__index__") or 0 < importance < 100 or importance < 0:
+    if 0 < whole("importance", importance, 0) < 100:
         raise ValueError(f"importance must be 0 or at least 100 draws, not {importance!r}")
     if importance and fit.program.has_globals:
         raise ProgramError(
@@ -556,8 +554,8 @@ class _Simulation:
         if not self.refined:
             return self.program
         was = self.fit.settings.get("refined") or {}
-        options = {name: was[name] for name in ("family", "steps") if name in was}
-        return self.fit.refine(made, seed=self.seed, progress=False, **options).program  # type: ignore[attr-defined]
+        options = {name: was[name] for name in ("family", "steps", "n_draws", "lr") if name in was}
+        return self.fit.refine(made, seed=self.seed, progress=False, **options).program
 
     def _measured(self, program: Program, block: Cells, truth: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """(1 + S, n, ...) scalars of the truth and of S draws, each by the same runs."""

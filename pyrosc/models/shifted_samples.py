@@ -117,6 +117,11 @@ def shifted_samples(
     """
     require_cells(cells)
     encoder = parts.get("encoder")
+    if hasattr(encoder, "law"):
+        raise ProgramError(
+            f'part "encoder": the guide of shifted_samples takes a mean and sd off which effects are subtracted, and '
+            f"{type(encoder).__name__} has a law of its own: pass Encoder(...), or take mrvi"
+        )
     n_latent = getattr(encoder, "sizes", {}).get("n_latent", n_latent) if encoder is not None else n_latent
     defaults: dict[str, Any] = dict(
         effects=SampleEffects(1, None, centred=False),
