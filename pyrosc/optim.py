@@ -7,6 +7,7 @@ epsilon outside the bias correction.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from pyro.optim.clipped_adam import ClippedAdam
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.adam import adam
 
 
@@ -29,6 +31,10 @@ class FusedClippedAdam(ClippedAdam):
     def __init__(self, params: Any, *args: Any, **options: Any) -> None:
         super().__init__(params, *args, **options)
         self._counts: dict[nn.Parameter, tuple[int, Tensor]] = {}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        # As torch's, without the wrapper that imports torch's compiler: 1.5 s before the first step of a process.
+        inspect.unwrap(Optimizer.add_param_group)(self, param_group)
 
     def step(
         self, closure: Callable[[], Any] | None = None, *, norm: float = math.inf, bad: Tensor | None = None
@@ -85,3 +91,13 @@ class FusedClippedAdam(ClippedAdam):
             self._counts[p] = step + 1, count
             counts.append(count)
         return counts
+
+
+def share_of_rate(step: int, total: int, schedule: str = "cosine") -> float:
+    """Share of the learning rate at a step: rising over the first 5 %, then a cosine down to zero; or constant."""
+    if schedule == "constant":
+        return 1.0
+    rise = max(1.0, 0.05 * total)
+    if step < rise:
+        return (step + 1) / rise if rise > 1 else 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(total - rise, 1)))

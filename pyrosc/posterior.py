@@ -1464,6 +1464,58 @@ class Fit:
 
         return by_block(program, [cells], n_draws * 2 * program.n_combinations, seed, ask)
 
+    def train_guide(
+        self, cells: Cells | anndata.AnnData, *, steps: int = 1000, batch_size: int = 160, lr: float = 3e-3,
+        seed: int = 0, progress: bool = True,
+    ) -> Fit:  # fmt: skip
+        """This fit with a guide that learned on, while the story stood still; this fit stays as it is.
+
+        Use it where the encoder is not as good as its family (the amortisation gap, `check.summary`) for cells at
+        large; `refine` is for single ones, and can follow. The story's weights do not change by a bit.
+
+        Parameters
+        ----------
+        cells : to learn from, such as those of the fit; labels are not used
+        steps : of the optimiser
+        batch_size : cells of a step: two fifths of them measured, two fifths made up by the story around the guide's
+            states of measured ones, one fifth made up from the prior
+        lr : learning rate at its height, in (0, 1]; it rises over the first 5 % of the steps and falls to zero
+        seed : the result is random through it
+
+        Returns
+        -------
+        Fit
+            ``settings["guide"]`` has the mean ELBO before and after of up to 1,000 of the cells, by 16 draws. Cells
+            that were refined have to be refined again.
+
+        Raises
+        ------
+        ValueError
+            If an argument is out of range, or cells lack genes.
+        ProgramError
+            If the story observes anything but counts, or reads weights of its guide (VampPrior).
+
+        Warns
+        -----
+        PyroscWarning
+            If the ELBO of these cells fell.
+
+        Notes
+        -----
+        The guide of sites of all cells stays as it is. Dropout is off. After Zhang, Hayes and Barber 2022 (NeurIPS,
+        "Generalization gap in amortized inference"), who mix measured and made-up cells; here are ones around the
+        guide's own states besides, as most draws of the prior are unlike any cell.
+        """
+        from .guide_training import train_guide
+
+        ready = self._ready(cells)
+        if ready.gene_mask is not None:
+            raise ValueError("these cells lack genes of the fit, so that others cannot be made up: pass cells with all")
+        steps, batch_size = whole("steps", steps, 1), whole("batch_size", batch_size, 5)
+        if positive("lr", lr) > 1:
+            raise ValueError(f"lr must be in (0, 1], not {lr!r}")
+        return train_guide(self, ready, steps, batch_size, float(lr), checked_seed(seed), progress)
+
     def refine(
         self, cells: Cells | anndata.AnnData, *, family: str = "normal", steps: int = 150, n_draws: int = 4,
         lr: float = 0.2, seed: int = 0, progress: bool = True,

@@ -39,7 +39,7 @@ from .guides import is_computed
 from .isolation import checked_seed
 from .loading import blocks, minibatches, n_batches_of
 from .objective import IWAE, KLWeight, MeanFieldELBO
-from .optim import FusedClippedAdam
+from .optim import FusedClippedAdam, share_of_rate
 from .overlap import Landmarks
 from .parts import whole
 from .posterior import Fit
@@ -604,7 +604,7 @@ class _Run:
         n_seen, skipped, began = 0, self.skipped, time.perf_counter()
         looks, wrong = may_look(parameters[0]), []
         for batch in minibatches(self.train, given["batch_size"], order):
-            share = _rate(self.step, self.total_steps, given["schedule"])
+            share = share_of_rate(self.step, self.total_steps, given["schedule"])
             rate = given["lr"] * share
             for group in optimizer.param_groups:
                 group["lr"] = group["height"] * share
@@ -750,16 +750,6 @@ class _Run:
 def _kl_weight(step: int, total: int, warmup: float) -> float:
     """Rises linearly to 1 over the first ``warmup`` share of the steps; never zero."""
     return min(1.0, (step + 1) / max(warmup * total, 1.0))
-
-
-def _rate(step: int, total: int, schedule: str) -> float:
-    """Share of the learning rate at a step."""
-    if schedule == "constant":
-        return 1.0
-    rise = max(1.0, 0.05 * total)
-    if step < rise:
-        return (step + 1) / rise if rise > 1 else 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(total - rise, 1)))
 
 
 @contextmanager

@@ -39,6 +39,18 @@ def test_import_brings_no_heavy_packages():
     assert not heavy & {name.split(".")[0] for name in new}
 
 
+def test_a_fit_does_not_wait_for_torch_s_compiler():
+    """Importing it takes longer than a short fit, and nothing here is compiled."""
+    code = (
+        "import sys, pyrosc; cells = pyrosc.Cells.from_counts([[1, 0, 2], [0, 3, 1], [1, 1, 1]]);"
+        "pyrosc.fit(pyrosc.scvi(cells, n_latent=2, n_hidden=4), cells, epochs=1, validation=None, progress=False);"
+        "print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout.strip() == "False"
+
+
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_nothing_pickles_or_swallows_errors(source):
     text = source.read_text()

@@ -22,7 +22,8 @@ from pyrosc.distributions import Poisson
 from pyrosc.elbo import elbo_terms
 from pyrosc.loading import blocks, minibatches
 from pyrosc.objective import KLWeight
-from pyrosc.training import _kl_weight, _rate, default_epochs
+from pyrosc.optim import share_of_rate
+from pyrosc.training import _kl_weight, default_epochs
 
 QUICK = dict(epochs=3, progress=False, patience=None)
 
@@ -147,13 +148,13 @@ def test_warm_up_rises_and_ends_at_one(warmup, total):
 
 
 def test_the_learning_rate_rises_and_falls_to_nothing():
-    rates = [_rate(step, 200, "cosine") for step in range(200)]
+    rates = [share_of_rate(step, 200, "cosine") for step in range(200)]
 
     assert max(rates) == pytest.approx(1)
     assert rates[0] == pytest.approx(0.1)
     assert rates[-1] < 1e-3
-    assert {_rate(step, 200, "constant") for step in range(200)} == {1.0}
-    assert _rate(0, 1, "cosine") == 1.0
+    assert {share_of_rate(step, 200, "constant") for step in range(200)} == {1.0}
+    assert share_of_rate(0, 1, "cosine") == 1.0
 
 
 def test_a_gamma_prior_without_data_is_recovered(cells):

@@ -56,6 +56,7 @@ from ..elbo import draws_plate, follow, in_cells, of_cells, weighed
 from ..errors import ProgramError
 from ..guides import is_computed, plain_support
 from ..isolation import checked_seed
+from ..made_up import is_own, make_up, own_sites, reads_library
 from ..parts import whole
 from ..posterior import Fit, require_fit
 from ..program import Program
@@ -421,9 +422,9 @@ class _Simulation:
         self.fit, self.program, self.cells, self.around, self.n_draws = fit, fit.program, cells, around, n_draws
         self.genes, self.gene_names, self.sides = torch.as_tensor(genes), gene_names, sides
         self.within, self.refined, self.importance, self.seed = within, refined, importance, seed
-        self.shared, self.pinned = _pinned(self.program, seed)
-        self.axis = self._own_sites()
-        self.is_library_known = _reads_library(self.program, cells)
+        self.shared = _drawn_once(self.program, seed)
+        self.axis = own_sites(self.program, cells, seed, "calibrate a story in which only x is observed")
+        self.is_library_known = reads_library(self.program, cells)
         self.left_out: dict[str, None] = {}  # in order
 
     def about(self) -> dict[str, Any]:
@@ -435,27 +436,6 @@ class _Simulation:
             "story": self.program.story, "weights": f"{checksum:08x}", "cells": self.cells.fingerprint(),
             "around": self.around, "n_draws": self.n_draws, "genes": self.gene_names, "within": self.within,
             "refined": self.refined, "importance": self.importance, "seed": self.seed,
-        }  # fmt: skip
-
-    def _own_sites(self) -> dict[str, int]:
-        """Latent sites of a cell as the model draws them, and which axis of their values is that of cells."""
-        few = self.cells.rows(torch.arange(min(3, len(self.cells)), device=self.cells.device), whole=True)
-        with self.program.driven(self.seed), torch.no_grad():
-            nodes: dict[str, Any] = poutine.trace(self.program.model).get_trace(few.without_counts()).nodes
-        if "x" not in nodes:
-            raise ProgramError(f'{self.program.story} has no site "x" of counts, so there are no cells to simulate')
-        others = [
-            name for name, site in nodes.items()
-            if site["type"] == "sample" and site["is_observed"] and not is_computed(site)
-        ]  # fmt: skip
-        if others:
-            raise ProgramError(
-                f"{self.program.story} observes {listed(others)} besides the counts, which would not be simulated with "
-                "the state: calibrate a story in which only x is observed"
-            )
-        return {
-            name: -1 - site["fn"].event_dim for name, site in nodes.items()
-            if site["type"] == "sample" and name != "x" and _is_own(site)
         }  # fmt: skip
 
     def piece(self, c: int, size: int) -> dict[str, np.ndarray]:
@@ -528,26 +508,17 @@ class _Simulation:
 
     def _simulated(self, read: Cells, seed: int) -> tuple[dict[str, Tensor], Tensor]:
         """Values of the latent sites of these cells, and their counts."""
-        fixed = dict(self.pinned)
-        if self.around == "posterior":
-            shapes = {name: v.shape for name, v in self.program.generate(read, fixed=fixed, seed=seed).items()}
-            fixed |= self._read_off(read, shapes, seed + 1)
-        made = self.program.generate(read, fixed=fixed, seed=seed)
-        return {name: made[name] for name in self.axis}, made["x"]
-
-    def _read_off(self, read: Cells, shapes: Mapping[str, Any], seed: int) -> dict[str, Tensor]:
-        """A draw of the latent sites of these cells, given the counts that were seen, in the shapes of the model."""
 
         def ask(block: Cells) -> dict[str, Tensor]:
-            guide = with_discrete(self.program, draw_guide(self.program, block, None, self.shared), block, None)
-            nodes: dict[str, Any] = guide.nodes
-            return {name: nodes[name]["value"].cpu() for name in self.axis}
+            nodes: dict[str, Any] = make_up(self.program, block, self.around, self.shared).nodes
+            return {name: nodes[name]["value"].cpu() for name in (*self.axis, "x")}
 
         pieces = list(by_block(self.program, [read], 2 * self.program.n_combinations, seed, ask))
-        return {
-            name: torch.cat([piece[name] for piece in pieces], axis).reshape(shapes[name])
-            for name, axis in self.axis.items()
+        made = {
+            name: torch.cat([piece[name] for piece in pieces], axis) for name, axis in (self.axis | {"x": -2}).items()
         }
+        x = made.pop("x")
+        return made, x
 
     def _guide_of(self, made: Cells) -> Program:
         """The program whose guide is asked about these cells."""
@@ -567,7 +538,7 @@ class _Simulation:
         both = poutine.Trace()
         for name in sites_of(guide):
             node: Any = dict(guide.nodes[name])
-            if _is_own(node):
+            if is_own(node):
                 own = truth[name].to(node["value"])
                 own = own.reshape((1,) * (node["value"].dim() - own.dim()) + own.shape)
                 node["value"] = torch.cat([own.expand(1, *node["value"].shape[1:]), node["value"]])
@@ -595,7 +566,7 @@ class _Simulation:
         found = {}
         for name in sites_of(both):
             site: Any = both.nodes[name]
-            if not _is_own(site):
+            if not is_own(site):
                 continue
             if site["fn"].support.is_discrete:
                 self.left_out[f"{name}: discrete"] = None
@@ -647,48 +618,17 @@ class _Simulation:
         }  # fmt: skip
 
 
-def _is_own(site: Any) -> bool:
-    """Whether a site is latent, and of one cell."""
-    return in_cells(site) and not site["is_observed"] and not is_computed(site)
-
-
 def _place(site: Any) -> int:
     """The axis of cells in the value of a site."""
     return site["value"].dim() - site["fn"].event_dim - 1
 
 
-def _pinned(program: Program, seed: int) -> tuple[poutine.Trace | None, dict[str, Tensor]]:
-    """One draw of the sites of all cells: as a run of the guide, and by name in the shapes of the model."""
+def _drawn_once(program: Program, seed: int) -> poutine.Trace | None:
+    """One draw of the sites of all cells from their guide; None where there are none."""
     if not program.has_globals:
-        return None, {}
-    blank = program.blank(2)
+        return None
     with program.driven(seed), torch.no_grad():
-        shared = sites_of_all(draw_guide(program, blank))
-        drawn: dict[str, Any] = poutine.trace(program.model).get_trace(blank).nodes
-    nodes: dict[str, Any] = shared.nodes
-    for name in [n for n in nodes if n not in drawn or nodes[n]["is_observed"] or is_computed(nodes[n])]:
-        shared.remove_node(name)
-    return shared, {name: site["value"].reshape(drawn[name]["value"].shape) for name, site in nodes.items()}
-
-
-def _reads_library(program: Program, cells: Cells) -> bool:
-    """Whether the story takes the observed total of a cell as known."""
-    few = cells.rows(torch.arange(min(3, len(cells)), device=cells.device), whole=True)
-    others = few._copy(library=2 * few.library + 1)
-    with program.driven(0), torch.no_grad():
-        one = poutine.trace(program.model).get_trace(few)
-        two = poutine.trace(poutine.replay(program.model, trace=one)).get_trace(others)
-        nodes: dict[str, Any] = one.nodes
-        for name in sites_of(one):
-            site: Any = nodes[name]
-            other: Any = two.nodes[name]
-            if is_computed(site):
-                same = torch.equal(site["value"], other["value"])
-            else:
-                same = torch.equal(site["fn"].log_prob(site["value"]), other["fn"].log_prob(site["value"]))
-            if not same:
-                return True
-    return False
+        return sites_of_all(draw_guide(program, program.blank(2)))
 
 
 def _again(program: Program, values: poutine.Trace, block: Cells, n_draws: int) -> poutine.Trace:
@@ -706,7 +646,7 @@ def _log_guide(guide: poutine.Trace, block: Cells) -> Tensor:
     total = block.library.new_zeros(1, len(block))
     for name in sites_of(guide):
         site: Any = guide.nodes[name]
-        if _is_own(site):
+        if is_own(site):
             total = total + of_cells(weighed(site["fn"].log_prob(site["value"]), site, block), 1)
     return total
 
