@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .cells import Cells
 from .encoders import FullRankNormal
 from .errors import PyroscWarning
+from .guides import is_computed
 
 FAMILIES = ("normal", "full")
 
@@ -71,6 +72,29 @@ def corrected(law: Any, n_batch: int, shift: Tensor, log_scale: Tensor, lower: T
     if isinstance(law, torch.distributions.TransformedDistribution) and not isinstance(law, dist.LogNormal):
         return dist.TransformedDistribution(corrected(law.base_dist, n_batch, shift, log_scale, lower), law.transforms)
     raise NotImplementedError(type(law).__name__)
+
+
+def standardised(law: Any, value: Tensor) -> Tensor:
+    """(..., n, d) the numbers on the real line behind values of a law, less its location and by its scale.
+
+    In them the law is N(0, I), and corrections of it are N(shift, F F').
+    """
+    n_batch = len(law.batch_shape)
+    while True:
+        if isinstance(law, FullRankNormal):
+            apart = (value - law.loc).unsqueeze(-1)
+            return torch.linalg.solve_triangular(law.scale_tril, apart, upper=False).squeeze(-1)
+        if isinstance(law, torch.distributions.Independent):
+            law = law.base_dist
+        elif type(law) in (dist.Normal, dist.LogNormal):
+            value = (value if type(law) is dist.Normal else value.log()).sub(law.loc).div(law.scale)
+            return value.reshape(*value.shape[:n_batch], -1)
+        elif isinstance(law, torch.distributions.TransformedDistribution):
+            for transform in reversed(law.transforms):
+                value = transform.inv(value)
+            law = law.base_dist
+        else:
+            raise NotImplementedError(type(law).__name__)
 
 
 def _factor(log_scale: Tensor, lower: Tensor | None) -> Tensor:
@@ -162,3 +186,40 @@ class Correcting(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] in self.numbers and not msg["is_observed"] and not site_is_subsample(msg):
             msg["fn"] = corrected(msg["fn"], len(msg["fn"].batch_shape), *self.numbers[msg["name"]])
+
+
+def is_wide(site: Any) -> bool:
+    """Whether a site is one that `Widening` widens: latent, of a cell, a normal or made from one."""
+    if site["is_observed"] or site_is_subsample(site) or is_computed(site):
+        return False
+    if all(f.name != "cells" for f in site["cond_indep_stack"]):
+        return False
+    law = site["fn"]
+    while isinstance(law, torch.distributions.Independent | torch.distributions.TransformedDistribution):
+        if type(law) is dist.LogNormal:
+            return True
+        law = law.base_dist
+    return isinstance(law, FullRankNormal) or type(law) is dist.Normal
+
+
+def widened(law: Any, width: float) -> Any:
+    """A normal, or what is made from one, with ``width`` times its sd on the real line."""
+    if isinstance(law, FullRankNormal):
+        return FullRankNormal(law.loc, scale_tril=law.scale_tril * width, validate_args=False)
+    if isinstance(law, torch.distributions.Independent):
+        return widened(law.base_dist, width).to_event(law.reinterpreted_batch_ndims)
+    if type(law) in (dist.Normal, dist.LogNormal):
+        return type(law)(law.loc, law.scale * width, validate_args=False)
+    return dist.TransformedDistribution(widened(law.base_dist, width), law.transforms, validate_args=False)
+
+
+class Widening(Messenger):
+    """Around a guide: sites of cells that are normals, or made from them, are drawn from ones so many times as wide."""
+
+    def __init__(self, width: float) -> None:
+        super().__init__()
+        self.width = width
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if self.width != 1 and is_wide(msg):
+            msg["fn"] = widened(msg["fn"], self.width)

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from pyro import poutine
 from torch import Tensor
 
 from .cells import Cells
+from .corrections import Widening, is_wide, standardised
 from .counts import logger, require_memory
 from .elbo import Enumerated, draws_plate, follow, in_cells, of_cells, still, weighed
 from .errors import ProgramError
@@ -231,26 +233,91 @@ class Importance:
     n_unweighted: int = 0
 
 
+# Proposals are drawn from the guide as it is and from wider ones: its tails are where the posterior has more mass than
+# a normal that was fitted to it. On Kang's made-up cells, refined, k-hat was above 0.7 in 6 % with the guide alone and
+# in none with these.
+WIDTHS = (1.0, 1.4, 2.0)
+
+
+@dataclass
+class Proposals:
+    """Draws of the guide and of wider ones, side by side, and their weights.
+
+    runs : of the guide, with draws in front
+    log_weight : (S, n) log p(x, v) - log q(v), q the mixture of all widths
+    standard : site -> (S, n, d) draws of the sites that were widened, in which the guide itself is N(0, I)
+    """
+
+    runs: list[poutine.Trace]
+    log_weight: Tensor
+    standard: dict[str, Tensor]
+
+
+def propose(
+    program: Program, cells: Cells, sizes: Sequence[int], at_once: int, n_copies: int | None = None
+) -> Proposals:
+    """So many draws of each cell at each of WIDTHS; sites that are no normals, nor made from them, stay as they are.
+
+    Parameters
+    ----------
+    sizes : draws at each width; rounded up to whole runs
+    at_once : most draws a run
+    n_copies : how often each cell stands in ``cells``, copies one after the other, where draws cannot stand in front
+    """
+    runs, logs, own = [], [], []
+    drawn: dict[str, list[Tensor]] = {}
+    for width, size in zip(WIDTHS, sizes):
+        for start in range(0, size, n_copies or at_once):
+            front = None if n_copies else min(size - start, at_once)
+            with Widening(width):
+                guide = draw_guide(program, cells, front)
+            runs.append(guide)
+            logs.append(log_weight(program, guide, cells, front).reshape(n_copies or front or 1, -1))
+            own.append(torch.full((len(logs[-1]), 1), width).to(logs[-1]))
+            for name in sites_of(guide):
+                site: Any = guide.nodes[name]
+                if is_wide(site):
+                    at = width * standardised(site["fn"], site["value"])
+                    drawn.setdefault(name, []).append(at.reshape(*logs[-1].shape, -1))
+    log, widths, standard = torch.cat(logs), torch.cat(own), {name: torch.cat(v) for name, v in drawn.items()}
+    radius = sum((at.square().sum(-1) for at in standard.values()), torch.zeros_like(log))
+    d = sum(at.shape[-1] for at in standard.values())
+
+    def density(width: Tensor) -> Tensor:  # of a guide so wide, less what is the same for all
+        return -d * width.log() - 0.5 * radius / width.square()
+
+    shares = ((w, float((widths == w).float().mean())) for w in WIDTHS)
+    mixture = torch.stack([math.log(s) + density(torch.tensor(w).to(log)) for w, s in shares if s]).logsumexp(0)
+    return Proposals(runs, log + density(widths) - mixture, standard)
+
+
+def shared_out(n: int, least: int = 0) -> list[int]:
+    """How many of n draws each of WIDTHS has: as many each, the first at least ``least`` if there are so many."""
+    first = min(n, max(n - 2 * (n // 3), least))
+    return [first, (n - first) // 2, n - first - (n - first) // 2]
+
+
 def resampled(program: Program, block: Cells, n_draws: int, importance: Importance) -> poutine.Trace:
-    """A run of the guide whose S draws of each cell are taken, by smoothed weights, from more of them.
+    """A run of the guide whose S draws of each cell are taken, by smoothed weights, from more of them, and wider ones.
 
     Cells whose weights cannot be relied on keep the guide's own draws.
     """
-    proposals = importance.proposals
-    guide = draw_guide(program, block, proposals)
-    weights, k = smoothed(log_weight(program, guide, block, proposals).cpu())
+    found = propose(program, block, shared_out(importance.proposals, n_draws), importance.proposals)
+    weights, k = smoothed(found.log_weight.cpu())
+    is_usable = k <= k_threshold(importance.proposals)
     importance.n_cells += len(block)
-    importance.n_unweighted += int((~(k <= k_threshold(proposals))).sum())
+    importance.n_unweighted += int((~is_usable).sum())
     taken = torch.multinomial(weights.exp().T, n_draws, replacement=True).T  # (S, n)
     plain = torch.arange(n_draws).unsqueeze(-1).expand_as(taken)
-    taken = torch.where(k <= k_threshold(proposals), taken, plain).to(block.device)
+    taken = torch.where(is_usable, taken, plain).to(block.device)
     every = torch.arange(len(block), device=block.device)
     chosen = poutine.Trace()  # without the plate of the proposals, which the model has no use for
-    for name in sites_of(guide):
-        node: Any = dict(guide.nodes[name])
+    for name in sites_of(found.runs[0]):
+        node: Any = dict(found.runs[0].nodes[name])
         if in_cells(node):
             place = node["value"].dim() - node["fn"].event_dim - 1
-            node["value"] = node["value"].movedim(place, 1)[taken, every].movedim(1, place)
+            values: list[Any] = [run.nodes[name]["value"] for run in found.runs]
+            node["value"] = torch.cat(values).movedim(place, 1)[taken, every].movedim(1, place)
         chosen.add_node(name, **node)
     return chosen
 

@@ -9,12 +9,17 @@ inference: Kim et al. 2018, ICML). All cells of a block are improved at once; we
 
 Gradients pass through the draws alone (`elbo.still`): their noise vanishes as q_n nears the posterior. Steps are by
 natural gradients (Amari 1998, Neural Computation 10:251), which latents that depend on each other do not slow down.
+
+The normal of the highest ELBO is narrower than a posterior with long tails. So at last q_n gets the posterior's mean
+and covariance, where importance weights of draws from q_n and from wider ones can tell them: of all normals that one is
+the nearest by KL(p || q).
 """
 
 from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,39 +28,47 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .cells import Cells
-from .corrections import Correcting, Corrections, cell_keys, numbers_of
-from .draws import draw_guide, log_weight, sites_of
+from .corrections import Correcting, Corrections, _factor, cell_keys, numbers_of
+from .draws import draw_guide, log_weight, propose, shared_out, sites_of
 from .elbo import elbo_terms, in_cells
 from .errors import FitError, ProgramError, PyroscWarning
 from .guides import is_computed, is_enumerated
 from .loading import blocks
 from .program import Program
+from .psis import k_threshold, smoothed
 
 if TYPE_CHECKING:
     from .posterior import Fit
 
 _RISING = 0.5  # nats a cell between the middle and the end of the steps, above which there were too few
+_ROUNDS = 2  # of moments, the second by draws of the first
 _JUDGED = 64  # draws that say whether a cell's ELBO is better than it was
 
 
-def refine(fit: Fit, cells: Cells, family: str, steps: int, n_draws: int, lr: float, seed: int, progress: bool) -> Fit:
+@dataclass(frozen=True)
+class How:
+    """How guesses are refined, as `Fit.refine` says."""
+
+    family: str
+    steps: int
+    n_draws: int
+    lr: float
+    moments: int
+
+
+def refine(fit: Fit, cells: Cells, how: How, seed: int, progress: bool) -> Fit:
     """See `Fit.refine`; cells in the order of the fit."""
     from .posterior import Fit
 
     refined = []
     for m, program in enumerate((fit.program, *fit.members)):
         what = "refine" if m == 0 else f"refine member {m}"
-        refined.append(refined_program(program, cells, family, steps, n_draws, lr, seed, what if progress else None))
+        refined.append(refined_program(program, cells, how, seed, what if progress else None))
     main, *members = (program for program, _ in refined)
     before, after = refined[0][1]
     corrections: Any = main.corrections
-    settings = fit.settings | {
-        "refined": {
-            "cells": len(corrections), "family": family, "steps": steps, "n_draws": n_draws, "lr": lr,
-            "elbo_before": before, "elbo_after": after,
-        }
-    }  # fmt: skip
-    return Fit(main, fit.history, settings, members, fit.landmarks, fit.examples)
+    done = {"cells": len(corrections), **asdict(how), "elbo_before": before, "elbo_after": after}
+    return Fit(main, fit.history, fit.settings | {"refined": done}, members, fit.landmarks, fit.examples)
 
 
 def correctable(program: Program, cells: Cells) -> dict[str, int]:
@@ -87,7 +100,7 @@ def correctable(program: Program, cells: Cells) -> dict[str, int]:
 
 
 def refined_program(
-    program: Program, cells: Cells, family: str, steps: int, n_draws: int, lr: float, seed: int, what: str | None
+    program: Program, cells: Cells, how: How, seed: int, what: str | None
 ) -> tuple[Program, tuple[float, float]]:
     """A copy of the program with corrections of these cells beside those it has; mean ELBOs before and after."""
     new = program.copy()
@@ -95,13 +108,13 @@ def refined_program(
     sizes = correctable(new, cells)
     trainable = [p.requires_grad for p in new.parameters()]
     new.requires_grad_(False)
-    per_cell = 2 * n_draws  # the tape holds about twice what a run does
+    per_cell = 2 * how.n_draws  # the tape holds about twice what a run does
     parts = list(blocks(cells, per_cell))
     found, before, after, rises = [], [], [], []
-    with tqdm(total=steps * len(parts), desc=what, unit="step", disable=what is None) as bar:
+    with tqdm(total=how.steps * len(parts), desc=what, unit="step", disable=what is None) as bar:
         for i, block in enumerate(parts):
             with new.driven(seed + i):
-                corrections, elbos, rise = _refined_block(new, block, sizes, family, steps, n_draws, lr, bar)
+                corrections, elbos, rise = _refined_block(new, block, sizes, how, bar)
             found.append(corrections)
             rises.append(rise * len(block) / len(cells))
             before.append(elbos[0])
@@ -113,9 +126,9 @@ def refined_program(
             PyroscWarning, stacklevel=4,
         )  # fmt: skip
     old = program.corrections
-    if old is not None and old.family == family and old.sizes == sizes:
+    if old is not None and old.family == how.family and old.sizes == sizes:
         found.append(old)  # new ones of the same cell come first
-    merged = Corrections(sizes, family, sum(len(c) for c in found))
+    merged = Corrections(sizes, how.family, sum(len(c) for c in found))
     for name, _ in merged.named_buffers():
         setattr(merged, name, torch.cat([getattr(c, name) for c in found]))
     new.corrections = merged.sorted()
@@ -125,9 +138,10 @@ def refined_program(
 
 
 def _refined_block(
-    program: Program, block: Cells, sizes: dict[str, int], family: str, steps: int, n_draws: int, lr: float, bar: Any
+    program: Program, block: Cells, sizes: dict[str, int], how: How, bar: Any
 ) -> tuple[Corrections, tuple[Tensor, Tensor], float]:
     """Corrections of these cells, their ELBOs before and after, and how much these still rose at the end."""
+    family, steps, n_draws = how.family, how.steps, how.n_draws
     numbers = {name: _start(len(block), size, family, block) for name, size in sizes.items()}
     free = [value.requires_grad_() for values in numbers.values() for value in values if value is not None]
     # Stories with global sites, or whose guide sums, take one draw of a cell a run: cells stand there several times.
@@ -137,7 +151,7 @@ def _refined_block(
     for step in range(steps):
         elbo = _elbo(program, block, many, numbers, n_draws, in_front)
         elbo.sum().backward()
-        rate = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+        rate = how.lr * 0.5 * (1 + math.cos(math.pi * step / steps))
         with torch.no_grad():
             for values in numbers.values():
                 _natural_step(values, rate)
@@ -158,13 +172,18 @@ def _refined_block(
         if not bool(torch.isfinite(judged[0]).all()):
             at = int((~torch.isfinite(judged[0])).nonzero()[0])
             raise FitError(f"the ELBO of a cell (row {at} of a block) is not finite before it is refined")
+        for values in numbers.values():
+            for found in values:
+                if found is not None:
+                    found.mul_(better.reshape(-1, *(1,) * (found.dim() - 1)))
+        for _ in range(_ROUNDS if how.moments else 0):
+            _match_moments(program, many, numbers, how.moments, 4 * n_draws, None if in_front else n_draws)
         made = Corrections(sizes, family, len(block)).to(block.library)
         made.keys = cell_keys(block)
         for name, values in numbers.items():
             for kind, found in zip(("shift", "log_scale", "lower"), values):
                 if found is not None:
-                    keep = better.reshape(-1, *(1,) * (found.dim() - 1))
-                    setattr(made, f"{name}_{kind}", torch.where(keep, found.detach(), 0.0))
+                    setattr(made, f"{name}_{kind}", found.detach())
     return made, (judged[0].cpu(), torch.maximum(*judged).cpu()), float(end - middle)
 
 
@@ -214,12 +233,48 @@ def _elbo(
         program.corrections = _Trial(numbers)
         guide = draw_guide(program, block, n_draws)
         return log_weight(program, guide, block, n_draws, path_gradients=True).mean(0)
-    repeated = {
+    program.corrections = _Trial(_repeated(numbers, n_draws))
+    return elbo_terms(program, many).local.reshape(n_draws, -1).mean(0)
+
+
+def _repeated(numbers: dict[str, list[Any]], n_draws: int) -> dict[str, list[Any]]:
+    return {
         name: [None if v is None else v.repeat(n_draws, *(1,) * (v.dim() - 1)) for v in values]
         for name, values in numbers.items()
     }
-    program.corrections = _Trial(repeated)
-    return elbo_terms(program, many).local.reshape(n_draws, -1).mean(0)
+
+
+def _match_moments(
+    program: Program, cells: Cells, numbers: dict[str, list[Any]], n: int, at_once: int, n_copies: int | None
+) -> None:
+    """Give guesses the mean and covariance of the posterior, by n draws and importance weights (`draws.propose`).
+
+    Cells whose weights cannot be relied on keep their guess.
+    """
+    program.corrections = _Trial(_repeated(numbers, n_copies or 1))
+    found = propose(program, cells, shared_out(n), at_once, n_copies)
+    log, k = smoothed(found.log_weight.cpu())
+    weight = log.softmax(0).to(cells.library)
+    n_effective = weight.square().sum(0).reciprocal()[:, None, None]
+    taken = (k <= k_threshold(len(log))).to(cells.device)[:, None]
+    for name, (shift, log_scale, lower) in numbers.items():
+        at = found.standard[name]
+        mean = torch.einsum("sn,snd->nd", weight, at)
+        covariance = torch.einsum("sn,sna,snb->nab", weight, at - mean, at - mean)
+        # Few effective draws do not say all of a covariance: as if d + 1 more had that of the guess.
+        d = at.shape[-1]
+        prior = torch.eye(d).to(covariance)
+        covariance = (n_effective * covariance + (d + 1) * prior) / (n_effective + d + 1)
+        factor = _factor(log_scale, lower)
+        moved = shift + (factor @ mean.unsqueeze(-1)).squeeze(-1)
+        if lower is None:
+            scale = log_scale + 0.5 * covariance.diagonal(dim1=-2, dim2=-1).log()
+        else:
+            factor = factor @ torch.linalg.cholesky(covariance)
+            scale = factor.diagonal(dim1=-2, dim2=-1).log()
+            lower.copy_(torch.where(taken.unsqueeze(-1), factor.tril(-1), lower))
+        shift.copy_(torch.where(taken, moved, shift))
+        log_scale.copy_(torch.where(taken, scale, log_scale))
 
 
 class _Trial(nn.Module):

@@ -56,7 +56,7 @@ print(table.loc["amortisation", "advice"])
 # > amortisation  8.17  held against <= 1         fails
 # > coverage      0.10  held against 0.9 +- 0.05  fails
 # > calibration   0.11  held against >= 0.95      fails
-# > the encoder lags behind its family: fit.refine(cells), or pyrosc.fit(..., refine=150)
+# > the encoder lags behind its family: fit.refine(cells) for these, fit.train_guide(cells) for any
 
 # %% [markdown]
 # Most of it fails. Of regions that should hold the state of a cell with probability 0.9, one in ten does. That is asked
@@ -154,3 +154,5 @@ for name, one in (("encoder", fit), ("refined", refined)):
 # - `ok` is no proof. A minute's checks see errors of the size that they state; `pyrosc.check.calibration`,
 #   `importance`, `evidence` and `sample_posterior` see smaller ones for more time.
 # - Refined cells are those that were handed in. New ones have the encoder's guess until they are refined, and say so.
+#   `fit.train_guide(cells)` betters the encoder itself, for any cell and by less: it learns on while the story stands
+#   still, on measured cells and on ones that the story makes up.

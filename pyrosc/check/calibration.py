@@ -525,7 +525,7 @@ class _Simulation:
         if not self.refined:
             return self.program
         was = self.fit.settings.get("refined") or {}
-        options = {name: was[name] for name in ("family", "steps", "n_draws", "lr") if name in was}
+        options = {name: was[name] for name in ("family", "steps", "n_draws", "lr", "moments") if name in was}
         return self.fit.refine(made, seed=self.seed, progress=False, **options).program
 
     def _measured(self, program: Program, block: Cells, truth: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -175,7 +175,7 @@ def gaps(
 
 def _refined_elbo(fit: Any, cells: Cells, family: str, n_draws: int, seed: int, progress: bool) -> np.ndarray:
     """(N,) ELBO of the best guide of a family for each cell alone."""
-    refined = fit.refine(cells, family=family, seed=seed, progress=progress)
+    refined = fit.refine(cells, family=family, moments=0, seed=seed, progress=progress)
     return refined.elbo(cells, n_draws=n_draws, seed=seed)
 
 
