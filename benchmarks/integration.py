@@ -367,7 +367,7 @@ def score(folder: Path, asked: dict[str, Any]) -> None:
         found["ARI, ten starts"] = adjusted_rand_score(kind, best)
         found = {name: float(value) for name, value in found.items()}
         found["scib-metrics"] = scib.__version__
-        (folder / f"{slug(arm)}-{seed}-{view[:4]}.json").write_text(json.dumps(found))
+        (folder / f"{slug(arm)}-{seed}-{slug(view)}.json").write_text(json.dumps(found))
 
 
 def plane(folder: Path, arm: str, seed: int) -> None:
@@ -399,7 +399,7 @@ def picture(name: str, folder: Path, file: Path) -> None:
         palette = np.array([matplotlib.colormaps["tab20"](i) for i in (*range(0, 20, 2), *range(1, 20, 2))])
         for ax, arm in zip(row, arms):
             xy = np.load(folder / f"{slug(arm)}-umap.npy")[order]
-            ax.scatter(*xy.T, c=palette[code[order] % 20], s=1.2, lw=0)
+            ax.scatter(*xy.T, c=palette[code[order] % 20], s=1.5, lw=0)
             ax.set(xticks=[], yticks=[])
             if column == "batch":
                 ax.set_title(arm.replace("scvi-tools ", "scvi-tools\n").replace("pyrosc ", "pyrosc\n"), fontsize=8)
@@ -409,8 +409,8 @@ def picture(name: str, folder: Path, file: Path) -> None:
         row[0].set_ylabel(column.replace("cell_type", "type"))
     figure.suptitle(f"{name}, UMAP", fontsize=9)
     drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=90)
-    Image.open(drawn).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(file, optimize=True)
+    figure.savefig(drawn, format="png", dpi=100)
+    Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(file, optimize=True)
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -542,7 +542,7 @@ class Runs:
             told(python, folder, {"score": asked, "first": first})
         finally:  # what was scored before a failure counts
             for arm, seed, view in asked:
-                file = folder / f"{slug(arm)}-{seed}-{view[:4]}.json"
+                file = folder / f"{slug(arm)}-{seed}-{slug(view)}.json"
                 if not file.exists():
                     continue
                 with np.load(folder / f"{slug(arm)}-{seed}.npz") as found:
