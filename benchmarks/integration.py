@@ -410,7 +410,9 @@ def picture(name: str, folder: Path, file: Path) -> None:
     figure.suptitle(f"{name}, UMAP", fontsize=9)
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=100)
-    Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(file, optimize=True)
+    Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+        file, optimize=True
+    )
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------

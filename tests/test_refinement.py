@@ -79,6 +79,37 @@ def test_a_full_covariance_comes_out_as_the_posterior_has_it():
     assert fit.elbo(cells, n_draws=50).mean() < evidence.mean() - 5  # as it was
 
 
+@pytest.mark.parametrize("family", ["full", "normal"])
+def test_moments_are_those_of_the_posterior_where_the_highest_elbo_has_others(family):
+    """Of independent normals the best is far too narrow for two latents whose sum alone is seen."""
+    fit, cells = two_latents()
+    mean, covariance, _ = on_grid(cells)
+    exact = covariance.diagonal(dim1=-2, dim2=-1).sqrt()
+
+    by_elbo, by_moments = (fit.refine(cells, family=family, steps=200, moments=n, progress=False) for n in (0, 3000))
+
+    error, before = (
+        (torch.as_tensor(f.latent_sd(cells)).double() / exact - 1).abs().mean() for f in (by_moments, by_elbo)
+    )
+    if family == "full":  # a normal posterior: nothing to mend, and 3,000 draws, a third effective, are good for 3 %
+        assert error < 0.03
+        assert ((torch.as_tensor(by_moments.latent(cells)).double() - mean).abs() / exact).mean() < 0.06
+    else:  # cells whose weights cannot be relied on stay as they are
+        assert before > 0.5
+        assert error < 0.75 * before
+    assert by_moments.settings["refined"]["moments"] == 3000
+
+
+@pytest.mark.filterwarnings("ignore::pyrosc.PyroscWarning")
+def test_moments_of_stories_with_sites_of_all_cells(careful):
+    fit, cells = careful
+    better = fit.refine(cells[:10], family="full", steps=60, moments=200, progress=False)
+
+    assert better.elbo(cells[:10], n_draws=50).mean() > fit.elbo(cells[:10], n_draws=50).mean()
+    with pytest.raises(ValueError, match="moments must be 0 or at least 100 draws, not 50"):
+        fit.refine(cells, moments=50)
+
+
 def test_independent_normals_come_out_as_narrow_as_the_best_of_them_are():
     """The family gap: 1/2 log of the product of variances over the determinant, for a normal posterior."""
     fit, cells = two_latents()
