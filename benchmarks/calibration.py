@@ -19,6 +19,8 @@ its decoder as fitted, makes up cells whose states are known, and the arm's own 
     refined full    the same with a covariance matrix for each cell (``family="full"``)
     guide           default, and its guide trained on for 2,000 steps, the decoder as it is (``fit.train_guide``)
     guide refined full  the same, and refined full from there
+    moments         refined full, and each guess given the posterior's mean and covariance by 1,000 draws, twice: what
+                    ``fit.refine(cells, family="full")`` does (``moments=1000``); the other refined arms have none
     weighed         draws of refined full by importance weights of 1,000 (``importance=1000``)
 
 Parts: "prior" (states of made-up cells are drawn from the prior), "posterior" (states where cells are), "khat"
@@ -55,9 +57,16 @@ from scipy import sparse
 
 ARMS = (
     "usual", "scvi", "scvi 400", "default", "iwae", "full", "refined", "refined full", "weighed", "guide",
-    "guide refined full",
+    "guide refined full", "moments",
 )  # fmt: skip
-REFINED = {"refined": "normal", "refined full": "full", "weighed": "full", "guide refined full": "full"}
+REFINED = {
+    "refined": "normal",
+    "refined full": "full",
+    "weighed": "full",
+    "guide refined full": "full",
+    "moments": "full",
+}
+MOMENTS = {"moments": 1000}
 GUIDE_STEPS = {"guide": 2000, "guide refined full": 2000}
 PEERS = {"scvi": 120, "scvi 400": 400}  # epochs
 PARTS = ("prior", "posterior", "khat", "hmc")
@@ -279,7 +288,7 @@ def ours(arm: str, cells: Any, seed: int) -> Any:
             FITS[key] = fit.train_guide(cells, steps=GUIDE_STEPS[arm], seed=seed, progress=False)
         fit = FITS[key]
     if arm in REFINED:  # calibration refines the cells that it makes up, as these settings say
-        settings = fit.settings | {"refined": {"family": REFINED[arm], "steps": 150}}
+        settings = fit.settings | {"refined": {"family": REFINED[arm], "steps": 150, "moments": MOMENTS.get(arm, 0)}}
         fit = pyrosc.Fit(fit.program, fit.history, settings, (), fit.landmarks, fit.examples)
     return fit
 
@@ -500,11 +509,19 @@ def run(data: str, arm: str, seed: int, parts: list[str], adata: Any, batch: str
         began = time.perf_counter()
         if part == "khat":
             some = cells[asked]
-            judge = fit.refine(some, family=REFINED[arm], progress=False) if arm in REFINED else fit
+            judge = (
+                fit.refine(some, family=REFINED[arm], moments=MOMENTS.get(arm, 0), progress=False)
+                if arm in REFINED
+                else fit
+            )
             made = of_khat(importance(judge, some, given.khat_draws, seed=seed)["k_hat"].to_numpy(), given.khat_draws)
         elif part == "hmc":
             some = cells[asked[:HMC_CELLS]]
-            judge = fit.refine(some, family=REFINED[arm], progress=False) if arm in REFINED else fit
+            judge = (
+                fit.refine(some, family=REFINED[arm], moments=MOMENTS.get(arm, 0), progress=False)
+                if arm in REFINED
+                else fit
+            )
             found = guide_error(judge, some, seed=seed, progress=False)
             sure = found[found["is_judged"]]
             made = {
