@@ -358,7 +358,7 @@ def drift(reference: Fit, found: Fit, cells: Cells | anndata.AnnData) -> dict[st
     -------
     dict
         "latent" and "expression": the largest change of a posterior mean of z, and of a share decoded there. Both are
-        0 after surgery.
+        0 after surgery (of stories that compute states from tables by sample, 0 up to rounding).
     """
     apart = [
         [abs(a - b).max() for a, b in zip(_decoded(reference, one), _decoded(found, two))]

@@ -286,10 +286,10 @@ def test_numbers_out_of_range_are_refused():
 def test_gaps_add_up_and_a_guide_of_another_cell_is_a_gap_of_amortisation(small_fit):
     fit, cells = small_fit
 
-    found = gaps(fit, cells[:6], n_elbo=200, n_draws=200, n_chains=4, n_steps=40, progress=False)
+    found = gaps(fit, cells[:6], n_elbo=1000, n_draws=200, n_chains=25, n_steps=40, progress=False)
 
     np.testing.assert_allclose(found["family_gap"] + found["amortisation_gap"], found["ais"] - found["elbo"])
-    assert (found["family_gap"] > -0.1).all()  # Monte Carlo error of two averages
+    assert (found["family_gap"] > -0.1).all()  # Monte Carlo error: sd 0.03 by 25 chains
     assert found.attrs["mean"]["family_gap"] == pytest.approx(found["family_gap"].mean())
     with pytest.raises(ValueError, match="families must be a list"):
         gaps(fit, cells[:6], families="full", progress=False)

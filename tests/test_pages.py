@@ -70,7 +70,8 @@ def test_the_readme_prints_what_it_says(tmp_path, monkeypatch):
 
     assert len(steps) >= 3
     assert any(expected for _, expected in steps)
-    assert run(steps) == []
+    wrong = run(steps)
+    assert not wrong, "\n\n".join(wrong)
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "tutorials").glob("*.py")), ids=lambda p: p.stem)
@@ -79,7 +80,8 @@ def test_tutorials_print_what_they_say(page, tmp_path, monkeypatch):
     steps = list(of_tutorial(page.read_text()))
 
     assert any(expected for _, expected in steps)
-    assert run(steps) == []
+    wrong = run(steps)
+    assert not wrong, "\n\n".join(wrong)
 
 
 def test_the_comparison_can_fail():

@@ -169,7 +169,8 @@ def test_a_refined_cell_is_known_wherever_it_stands(careful):
     better = fit.refine(cells[:10], steps=20, progress=False)
     others = cells[[3, 7, 1]]
 
-    np.testing.assert_array_equal(better.latent(others), better.latent(cells[:10])[[3, 7, 1]])
+    # Products of three rows and of ten are summed in another order on some processors.
+    np.testing.assert_allclose(better.latent(others), better.latent(cells[:10])[[3, 7, 1]], atol=1e-6)
     with pytest.warns(PyroscWarning, match="were not refined"):
         z = better.latent(cells)
     np.testing.assert_allclose(z[10:], fit.latent(cells)[10:], atol=1e-6)

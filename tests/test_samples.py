@@ -379,7 +379,8 @@ def test_mapping_new_donors_leaves_what_is_said_of_the_others():
         warnings.simplefilter("ignore", PyroscWarning)
         found = fit.map(adata[is_new].copy(), epochs=3, progress=False)
 
-    assert pyrosc.mapping.drift(fit, found, cells) == {"latent": 0.0, "expression": 0.0}
+    # Products over four donors are summed in another order than those over three on some processors.
+    assert max(pyrosc.mapping.drift(fit, found, cells).values()) < 1e-6
     moved = found.program.parts["posterior"].loc.detach()
     assert moved.shape[0] == 4
     assert float(moved[3].abs().max()) > 0  # the new donor's own effects are learned

@@ -70,7 +70,7 @@ print(spread[["sd", "p_none"]].round(1))
 
 # %%
 far = fit.sample_distances(cells, "cell_type")
-print(far.groupby("group")["normalized"].mean().round(0))
+print(far.groupby("group")["normalized"].mean().round().astype(int))
 found = pyrosc.sample_matrix(far, "type0")
 truth = adata.uns["distances"]["type0"]
 pairs = np.triu_indices(8, 1)
@@ -79,11 +79,11 @@ tree, names = pyrosc.sample_tree(far, "type0")
 leaves = hierarchy.dendrogram(tree, labels=names, no_plot=True)["ivl"]  # with matplotlib, dendrogram draws it
 print(len(leaves), "leaves")
 # > group
-# > type0    14.0
-# > type1     1.0
-# > type2     1.0
-# > type3     2.0
-# > Name: normalized, dtype: float64
+# > type0    14
+# > type1     1
+# > type2     1
+# > type3     3
+# > Name: normalized, dtype: int64
 # > rank correlation with the truth 0.9
 # > 8 leaves
 
