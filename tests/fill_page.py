@@ -20,8 +20,8 @@ def filled(text: str) -> str:
         with contextlib.redirect_stdout(out), warnings.catch_warnings():
             warnings.simplefilter("default")
             exec(compile(cell, "<page>", "exec"), names)  # noqa: S102 (our own pages)
-        said = "\n".join(f"# > {line}".rstrip() for line in out.getvalue().strip("\n").splitlines())
-        pieces[i] = re.sub(r"(^# >.*\n?)+", lambda _: said + "\n", cell, count=1, flags=re.M)
+        said = "".join(f"# > {line}".rstrip() + "\n" for line in out.getvalue().strip("\n").splitlines())
+        pieces[i] = re.sub(r"(^# >.*\n?)+", said.replace("\\", r"\\"), cell, count=1, flags=re.M)
     return "".join(pieces)
 
 
