@@ -22,6 +22,10 @@ its decoder as fitted, makes up cells whose states are known, and the arm's own 
     moments         refined full, and each guess given the posterior's mean and covariance by 1,000 draws, twice: what
                     ``fit.refine(cells, family="full")`` does (``moments=1000``); the other refined arms have none
     weighed         draws of refined full by importance weights of 1,000 (``importance=1000``)
+    moments weighed the same of moments: what ``fit.refine(cells, family="full")`` and ``importance=1000`` answer
+    mixture         default, but for a mixture of 20 normals as the prior of states, learned with the rest
+    mixture moments weighed   the mixture, refined and weighed likewise: around the posterior states are drawn where
+                    cells are, and a guide that is the posterior by p(z) is right there as far as p(z) is where cells are
 
 Parts: "prior" (states of made-up cells are drawn from the prior), "posterior" (states where cells are), "khat"
 (`pyrosc.check.importance` on 500 measured cells, 5,000 draws, so that the threshold of k-hat is 0.7), "hmc" (ratios of
@@ -57,7 +61,7 @@ from scipy import sparse
 
 ARMS = (
     "usual", "scvi", "scvi 400", "default", "iwae", "full", "refined", "refined full", "weighed", "guide",
-    "guide refined full", "moments",
+    "guide refined full", "moments", "moments weighed", "mixture", "mixture moments weighed",
 )  # fmt: skip
 REFINED = {
     "refined": "normal",
@@ -65,8 +69,12 @@ REFINED = {
     "weighed": "full",
     "guide refined full": "full",
     "moments": "full",
+    "moments weighed": "full",
+    "mixture moments weighed": "full",
 }
-MOMENTS = {"moments": 1000}
+MOMENTS = {"moments": 1000, "moments weighed": 1000, "mixture moments weighed": 1000}
+WEIGHED = ("weighed", "moments weighed", "mixture moments weighed")
+MIXTURES = ("mixture", "mixture moments weighed")
 GUIDE_STEPS = {"guide": 2000, "guide refined full": 2000}
 PEERS = {"scvi": 120, "scvi 400": 400}  # epochs
 PARTS = ("prior", "posterior", "khat", "hmc")
@@ -275,7 +283,9 @@ def ours(arm: str, cells: Any, seed: int) -> Any:
         options = {"objective": "iwae", "k": 10}
     if arm == "full":
         parts = {"encoder": pyrosc.FullRankEncoder()}
-    kind = "default" if arm in REFINED or arm in GUIDE_STEPS else arm
+    if arm in MIXTURES:
+        parts = {"prior": pyrosc.MixturePrior(20)}
+    kind = "mixture" if arm in MIXTURES else "default" if arm in REFINED or arm in GUIDE_STEPS else arm
     if (kind, id(cells.schema), seed) not in FITS:
         FITS.clear()
         FITS[kind, id(cells.schema), seed] = pyrosc.fit(
@@ -531,7 +541,7 @@ def run(data: str, arm: str, seed: int, parts: list[str], adata: Any, batch: str
         else:
             done = calibration(
                 fit, cells, around=part, n_simulations=given.simulations, n_draws=given.draws, within=WITHIN,
-                refined=arm in REFINED, importance=1000 if arm == "weighed" else 0, seed=seed, progress=False,
+                refined=arm in REFINED, importance=1000 if arm in WEIGHED else 0, seed=seed, progress=False,
             )  # fmt: skip
             made = scores(done, seed == 0)
         took = {"seconds of fit": seconds, "seconds": time.perf_counter() - began}
@@ -600,7 +610,7 @@ def main() -> None:
                         for p in given.parts
                         if p not in there
                         and not (p == "hmc" and arm in PEERS)
-                        and not (p in ("khat", "hmc") and arm == "weighed")
+                        and not (p in ("khat", "hmc") and arm in WEIGHED)
                     ]
                     if not parts:
                         continue
