@@ -25,7 +25,7 @@ its decoder as fitted, makes up cells whose states are known, and the arm's own 
     moments weighed the same of moments: what ``fit.refine(cells, family="full")`` and ``importance=1000`` answer
     mixture         default, but for a mixture of 20 normals as the prior of states, learned with the rest
     mixture moments weighed   the mixture, refined and weighed likewise: around the posterior states are drawn where
-                    cells are, and a guide that is the posterior by p(z) is right there as far as p(z) is where cells are
+                    cells are, and the exact posterior by p(z) is right there as far as p(z) is where cells are
 
 Parts: "prior" (states of made-up cells are drawn from the prior), "posterior" (states where cells are), "khat"
 (`pyrosc.check.importance` on 500 measured cells, 5,000 draws, so that the threshold of k-hat is 0.7), "hmc" (ratios of
