@@ -3,6 +3,7 @@
 The decoder and all else that cells share is held fixed; each cell's own numbers are sampled from p(v | x) by
 Hamiltonian Monte Carlo (`pyrosc.hmc`), all cells and chains at once, or by Pyro's NUTS, one chain after another.
 R-hat and effective sample sizes are those of Vehtari et al. 2021, Bayesian Analysis 16:667: of ranks, in split chains.
+ArviZ computes them where ``arviz-stats`` is installed.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class PosteriorDraws:
     numbers : array
         (C, S, N, D) the same on the real line (a positive site as its logarithm), in the order of ``table``.
     table : DataFrame
-        One row a (cell, number): "mean", "sd" on the real line, "r_hat", "ess" (of the bulk).
+        One row a (cell, number): "mean", "sd" on the real line, "r_hat", "ess" (of the bulk). ``table.attrs["by"]``
+        says whose functions computed the last two, "arviz-stats" or "pyrosc"; they differ by less than 5 % in "ess".
     cells : DataFrame
         One row a cell: "r_hat" (its largest), "ess" (its smallest), "acceptance" and "step_size" (means over chains),
         "divergences" (trajectories after warm-up whose energy was off by 1,000 nats or more).
@@ -254,7 +256,7 @@ def _told(chains: _Chains, names: Any) -> PosteriorDraws:
         value = value.movedim(len(site.batch), 0).reshape(c, s, n, *site.batch, *value.shape[len(site.batch) + 1 :])
         draws[site.name] = value.cpu().numpy()
     numbers = chains.v.cpu().numpy()
-    r_hats, sizes = split_r_hat(numbers), bulk_ess(numbers)
+    r_hats, sizes, by = chain_diagnostics(numbers)
     flat = numbers.reshape(-1, n * d)
     index = pd.MultiIndex.from_product([list(names), number_names(chains.sites)], names=["cell", "number"])
     columns = {
@@ -267,7 +269,9 @@ def _told(chains: _Chains, names: Any) -> PosteriorDraws:
         "divergences": chains.divergences.sum(0).cpu().numpy().astype(int),
     }  # fmt: skip
     of_cells = pd.DataFrame(by_cell, index=pd.Index(list(names), name="cell"))
-    return PosteriorDraws(draws, numbers, pd.DataFrame(columns, index=index), of_cells)
+    table = pd.DataFrame(columns, index=index)
+    table.attrs["by"] = by
+    return PosteriorDraws(draws, numbers, table, of_cells)
 
 
 def number_names(sites: Sequence[LocalSite]) -> list[str]:
@@ -280,6 +284,16 @@ def number_names(sites: Sequence[LocalSite]) -> list[str]:
 
 
 # ---- diagnostics of chains --------------------------------------------------------------------
+
+
+def chain_diagnostics(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
+    """(...) R-hat and (...) bulk ESS of draws (C, S, ...), by ArviZ where it is installed, and by whom."""
+    try:
+        from arviz_stats.base import array_stats
+    except ImportError:
+        return split_r_hat(draws), bulk_ess(draws), "pyrosc"
+    over = {"chain_axis": 0, "draw_axis": 1}
+    return array_stats.rhat(draws, **over), array_stats.ess(draws, **over, method="bulk"), "arviz-stats"
 
 
 def split_r_hat(draws: np.ndarray) -> np.ndarray:
