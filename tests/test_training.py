@@ -341,6 +341,8 @@ def test_epochs_follow_the_number_of_cells():
     assert default_epochs(100, 128) == 100
     assert default_epochs(2_200, 128) == 67  # of 18 steps each
     assert default_epochs(2_200, 128, steps=600) == 33
+    assert default_epochs(20_000, 128) == default_epochs(100_000, 128) == 20
+    assert default_epochs(130_000, 128) == 15
 
 
 # ---- arguments ---------------------------------------------------------------------------------
