@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .schema import listed
+
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
@@ -23,6 +25,13 @@ def _axes(ax: Axes | None, width: float = 5.0) -> Axes:
     except ImportError as error:
         raise ImportError('pictures need matplotlib: pip install "pyrosc[plot]"') from error
     return Figure(figsize=(width, 4), layout="constrained").subplots()
+
+
+def _require_table(table: Any, columns: Sequence[str], maker: str) -> None:
+    missing = [c for c in columns if c not in getattr(table, "columns", ())]
+    if missing:
+        what = f"a {type(table).__name__}" + (f" without {listed(missing)}" if hasattr(table, "columns") else "")
+        raise ValueError(f"this picture takes the table that {maker} answers, not {what}")
 
 
 def _colour(i: int, of: int) -> Any:
@@ -103,8 +112,22 @@ def volcano(table: pd.DataFrame, ax: Axes | None = None, *, n_names: int = 10, t
 
     Parameters
     ----------
+    table : of one comparison
     n_names : how many genes are named, those of largest effect among the calls
+
+    Raises
+    ------
+    ValueError
+        If it is no such table, or holds several comparisons.
     """
+    _require_table(table, ("is_de", "lfc_mean", "probability"), "fit.differential_expression(...)")
+    pairs = table[[c for c in ("group1", "group2") if c in table]].drop_duplicates()
+    if len(pairs) > 1:
+        first = pairs["group1"].iloc[0]
+        raise ValueError(
+            f"a volcano shows one comparison, and the table holds {len(pairs)}: take one, "
+            f'table[table["group1"] == {str(first)!r}]'
+        )
     ax = _axes(ax)
     called = table["is_de"].to_numpy()
     for mask, colour, label in ((~called, "0.7", None), (called, "C3", f"{int(called.sum()):,} called")):
@@ -130,6 +153,7 @@ def predictive(table: pd.DataFrame, statistic: str, ax: Axes | None = None) -> A
 
     Bars are 90 % of the replicates; what lies off the line in colour is outside them.
     """
+    _require_table(table, ("statistic", "observed", "q05", "q50", "q95"), "check.posterior_predictive(...)")
     if statistic not in set(table["statistic"]):
         raise ValueError(f'the table has no statistic "{statistic}"; it has {sorted(set(table["statistic"]))}')
     ax = _axes(ax)

@@ -49,6 +49,9 @@ def require_cells(cells: Any) -> None:
         )
 
 
+_OFTEN = ("n_latent", "n_hidden", "n_layers", "dropout", "seed")  # what stories are asked besides parts
+
+
 class Program(nn.Module):
     """A generative story and its guide, bound to their parts.
 
@@ -113,7 +116,8 @@ class Program(nn.Module):
         for name, part in parts.items():
             if name not in wanted:
                 raise ProgramError(
-                    f'no part "{name}" in {self.story}. Its parts: {listed(wanted, 20)}.' + did_you_mean(name, wanted)
+                    f'no part "{name}" in {self.story}. Its parts: {listed(wanted, 20)}.'
+                    + did_you_mean(name, [*wanted, *_OFTEN])
                 )
             if isinstance(part, nn.Module) and "_parameters" not in vars(part):
                 raise ProgramError(

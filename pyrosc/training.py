@@ -95,7 +95,8 @@ def fit(
     ----------
     cells : Cells, or an AnnData that is brought into the order of the Program's schema
     epochs : passes over the training cells; None takes 1,200 steps, 1,500 where a KL term is Monte Carlo, in 20 to 100
-        (of more than 100,000 cells 2 million cells, in at least 10). With global sites 600 steps, or up to 1,200 as far as 60 epochs go: no held-out cells end such a fit.
+        Of more than 100,000 cells at least 10 epochs, or as many as make 2 million cells.
+        With global sites 600 steps, or up to 1,200 as far as 60 epochs go: no held-out cells end such a fit.
     batch_size : most cells of a step
     lr : learning rate at its height, in (0, 1]
     global_lr : that of completed guides of global sites, in (0, 1]; None takes 10 lr

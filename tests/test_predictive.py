@@ -149,6 +149,13 @@ def test_pictures_of_checks_and_effects(fitted):
     ax = pyrosc.plot.volcano(effects)
     assert "type0 over rest" in ax.get_xlabel()
     assert pyrosc.plot.volcano(effects, ax) is ax
+    several = fit.differential_expression(cells, "cell_type", n_draws=20)
+    with pytest.raises(ValueError, match="a volcano shows one comparison, and the table holds .* 'type0'"):
+        pyrosc.plot.volcano(several)
+    with pytest.raises(ValueError, match=r"differential_expression\(...\) answers, not a Cells"):
+        pyrosc.plot.volcano(cells)
+    with pytest.raises(ValueError, match='posterior_predictive.* not a DataFrame without "statistic"'):
+        pyrosc.plot.predictive(effects, "mean")
 
 
 def test_cells_of_the_fit_that_are_thinned_otherwise_are_refused(cells, thinned):

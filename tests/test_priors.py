@@ -289,3 +289,8 @@ def test_a_fixed_mixture_stays(data):
         fit = pyrosc.fit(program(data, prior), data, epochs=2, progress=False)
 
     assert fit.program.parts["prior"].loc.tolist() == [[0.0, 0.0], [2.0, 2.0]]
+
+
+def test_a_class_of_torch_itself_is_refused_by_name():
+    with pytest.raises(ValueError, match="Prior takes pyro.distributions.Normal; this Normal is torch's own"):
+        pyrosc.Prior(torch.distributions.Normal, 0.0, 1.0)

@@ -253,6 +253,7 @@ def test_a_part_may_have_any_name(cells):
     "change, says",
     [
         (dict(piror=Prior(dist.Normal, 0.0, 1.0)), 'no part "piror".*Did you mean "prior"'),
+        (dict(n_laten=4), 'no part "n_laten".*Did you mean "n_latent"'),
         (dict(prior="normal"), 'part "prior" must be an nn.Module, not str'),
         (dict(decoder=Decoder(4)), 'n_latent is .* in part "decoder".* in part "encoder"|n_latent is .* in part'),
         (dict(library=pyrosc.GivenLibrary()), "needs size factors"),
