@@ -65,9 +65,7 @@ class Prior(Part):
         if not (isinstance(distribution, type) and hasattr(distribution, "log_prob")):
             raise ValueError(f"Prior takes a distribution class, such as dist.Laplace, not {distribution!r}")
         if not hasattr(distribution, "to_event"):
-            raise ValueError(
-                f"Prior takes a class of pyro.distributions; {name} is torch's own: pyro.distributions.{name}"
-            )
+            raise ValueError(f"Prior takes pyro.distributions.{name}; this {name} is torch's own")
         super().__init__(distribution=name, shapes=[list(torch.as_tensor(v).shape) for v in numbers], size=size)
         self.distribution, self.size = distribution, size
         self.n_numbers = len(numbers)
