@@ -102,6 +102,17 @@ def test_guides_that_are_too_narrow_or_too_wide_are_caught(scale, fails):
         assert table.loc[check, "verdict"] != "ok"
         assert table.loc[check, "advice"]
     assert ("narrow" if scale < 1 else "wide") in table.loc["coverage", "advice"]
+    assert 'fit.refine(cells, family="full") for these and importance=1000' in table.loc["coverage", "advice"]
+
+
+def test_what_was_refined_is_to_be_weighed_and_not_refined_again():
+    fit, cells = story(Exact(0.6))
+    refined = fit.refine(cells, family="full", steps=2, moments=0, progress=False)
+
+    table = pyrosc.check.summary(refined, cells, show=False, progress=False)
+
+    assert table.loc["coverage", "verdict"] != "ok"  # two steps do not mend it
+    assert table.loc["coverage", "advice"].startswith("the guide is too narrow: importance=1000 in fit.draws")
 
 
 def test_a_guide_that_answers_the_prior_is_caught():

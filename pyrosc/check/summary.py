@@ -44,6 +44,7 @@ _HOLE = 0.65  # area under the curve
 _EXCESS = 2.0  # times the 5 % of genes that are beyond by chance
 
 _REFINE = "fit.refine(cells) for these, fit.train_guide(cells) for any"
+_WEIGH = "importance=1000 in fit.draws, fit.expression, fit.differential_expression"
 
 
 def summary(
@@ -202,7 +203,10 @@ def _calibration(run: _Run) -> list[Row]:
     )
     share, table = float(done.table.attrs["share_below"]), done.table
     worst = table["deviation"].idxmax()
-    advice = f'"{worst}" is the worst ({table["shape"].to_dict()[worst]}): {_REFINE}, then encoder=FullRankEncoder()'
+    repair = f'fit.refine(cells, family="full") for these and {_WEIGH}; fit.train_guide(cells) for any'
+    if (run.fit.settings.get("refined") or {}).get("family") == "full":
+        repair = _WEIGH
+    advice = f'"{worst}" is the worst ({table["shape"].to_dict()[worst]}): {repair}'
     statistic = f"share of {len(table)} scalars with near uniform ranks:"
     # One scalar alone sees a guide that does not read the counts, or that is wrong in many directions by a little.
     is_near = bool((table.loc[table.index == "log p(x|z)", "verdict"] != "off").all())
@@ -215,7 +219,7 @@ def _calibration(run: _Run) -> list[Row]:
         ),
         Row.judged(
             "coverage", "of simulated truths by 90 % regions:", covered, f"0.9 +- {error:.2f}",
-            abs(covered - 0.9) <= error, abs(covered - 0.9) <= 0.15, f"the guide is too {narrow}: {_REFINE}",
+            abs(covered - 0.9) <= error, abs(covered - 0.9) <= 0.15, f"the guide is too {narrow}: {repair}",
         ),
     ]  # fmt: skip
 
